@@ -1,0 +1,1 @@
+"""What is computed: the PSDiff network, its noise process, and the data that crosses every border."""

@@ -1,0 +1,287 @@
+"""The Collaborative Denoising Layer (CDL): one step from noisy boxes and embeddings to better ones.
+
+Legend: B images, N proposals, M = B*N regions, C channels, E embedding dimension, P = S*S tokens of a region,
+D dynamic width. Source: PSDiff (arXiv:2309.11125), sec. III; what the paper leaves open is marked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.ops import multilevel_roi_align
+from ..kernels.reference import FINEST_LEVEL, dynamic_conv
+from .config import PSDiffConfig
+from .diffusion import NoiseSchedule
+
+# Sparse R-CNN's weights of the four deltas, and the largest log-size change a step may make.
+DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+MAX_LOG_SIZE = math.log(100000 / 16)
+
+# Every proposal starts at a probability of 0.01, so that the many negatives do not drown the first steps.
+PRIOR_LOGIT = -math.log(0.99 / 0.01)
+
+
+class Prediction(NamedTuple):
+    """What the layer says of the clean state."""
+
+    boxes_norm: Tensor
+    """(B, N, 4) xyxy normalised, not clipped."""
+    logits: Tensor
+    """(B, N) before the sigmoid."""
+    embeddings: Tensor
+    """(B, N, E), not normalised."""
+
+
+class Denoiser(nn.Module):
+    """Pool each noisy box, let region and embedding inform each other, predict the clean state."""
+
+    def __init__(self, config: PSDiffConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.channels
+        self.schedule = NoiseSchedule(config.num_timesteps)
+        self.embedding_proj = nn.Linear(config.embedding_dim, channels)
+        if config.position_code:
+            self.position_code = nn.Parameter(torch.empty(config.pool_size**2, channels))
+        if config.self_attention != "none":
+            self.self_attention = SelfAttention(channels, config.num_heads, config.self_attention)
+        if config.dynamic_conv:
+            self.dynamic_conv = DynamicConv(config)
+        if config.cross_attention:
+            self.cross_attention = CrossAttention(channels, config.num_heads)
+        self.time = TimeEmbedding(config.time_dim, config.time_hidden, channels)
+        self.heads = Heads(config)
+        self._initialise()
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        boxes_norm: Tensor,
+        emb_t: Tensor,
+        t: Tensor,
+        t_emb: Tensor | None = None,
+    ) -> Prediction:
+        """Predict the clean state from noisy boxes (B, N, 4) and noisy embeddings (B, N, E) at timesteps t (B,).
+
+        features: p2..p5 of (B, C, h, w). boxes_norm: decoded and normalised. t_emb: timesteps of the
+        embeddings where they differ from those of the boxes (a device of training).
+        """
+        tokens = self._pool(features, boxes_norm)
+        embedding = self.embedding_proj(self._gain(emb_t, t if t_emb is None else t_emb)).flatten(0, 1)
+        if self.config.self_attention != "none":
+            tokens = self.self_attention(tokens, proposals=boxes_norm.shape[1])
+        convolved = self.dynamic_conv(tokens, embedding) if self.config.dynamic_conv else tokens.mean(1)
+        attended = self.cross_attention(embedding, tokens) if self.config.cross_attention else embedding
+        scale, shift = self.time(t)
+        fused = torch.cat([convolved, attended], dim=1).unflatten(0, boxes_norm.shape[:2])
+        logits, deltas, embeddings = self.heads(fused, scale[:, None], shift[:, None])
+        return Prediction(apply_deltas(boxes_norm, deltas), logits, embeddings)
+
+    def _pool(self, features: Sequence[Tensor], boxes_norm: Tensor) -> Tensor:
+        height, width = (side * 2**FINEST_LEVEL for side in features[0].shape[-2:])
+        tokens = multilevel_roi_align(
+            features,
+            boxes_norm * boxes_norm.new_tensor([width, height, width, height]),
+            pool_size=self.config.pool_size,
+            sampling_ratio=self.config.sampling_ratio,
+            canonical_size=self.config.canonical_size,
+        )
+        return tokens + self.position_code if self.config.position_code else tokens
+
+    def _gain(self, emb_t: Tensor, t: Tensor) -> Tensor:
+        """Scale e_t to what is known of e_0: the Wiener gain, in units of a unit-RMS signal.
+
+        Without it the layer sees unit noise at t = T where there is no signal at all, and learns to copy
+        e_t instead of looking at the image. differs from PSDiff: the paper feeds e_t as it is.
+        """
+        if self.config.embedding_gain == "none":
+            return emb_t
+        level = self.schedule.at(t)
+        rms = self.config.embedding_scale / math.sqrt(self.config.embedding_dim)
+        return emb_t * (level.signal * rms / ((level.signal * rms) ** 2 + level.noise**2))
+
+    def _initialise(self) -> None:
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        if self.config.position_code:
+            nn.init.normal_(self.position_code, std=0.5)
+        nn.init.constant_(self.heads.logit.bias, PRIOR_LOGIT)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries (M, L, C) over tokens (M, P, C), residual on the queries and LayerNorm."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """(M, L, C) queries, (M, P, C) tokens -> (M, L, C)."""
+        key, value = self.key_value(tokens).chunk(2, dim=-1)
+        attended = F.scaled_dot_product_attention(*map(self._split, (self.query(queries), key, value)))
+        return self.norm(queries + self.out(attended.transpose(1, 2).flatten(2)))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Attention among the P tokens of each region (`intra`), or among the N regions of an image (`inter`).
+
+    The paper's N x S*S x C input and its parameter and FLOP counts fit only `intra`; `inter` is Sparse
+    R-CNN's form, on the mean of each region, added to all its tokens.
+    """
+
+    def __init__(self, channels: int, num_heads: int, among: str) -> None:
+        super().__init__()
+        self.among = among
+        self.attention = Attention(channels, num_heads)
+
+    def forward(self, tokens: Tensor, *, proposals: int) -> Tensor:
+        """(M, P, C) -> (M, P, C)."""
+        if self.among == "intra":
+            return self.attention(tokens, tokens)
+        pooled = tokens.mean(1)
+        per_image = pooled.unflatten(0, (-1, proposals))
+        refined = self.attention(per_image, per_image).flatten(0, 1)
+        return tokens + (refined - pooled)[:, None]
+
+
+class DynamicConv(nn.Module):
+    """Convolve each region with kernels made from its own embedding, and reduce its P tokens to one vector."""
+
+    def __init__(self, config: PSDiffConfig) -> None:
+        super().__init__()
+        channels, width, tokens = config.channels, config.dynamic_dim, config.pool_size**2
+        self.kernels = nn.Linear(channels, 2 * channels * width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(channels)
+        self.reduction = config.reduction
+        if config.reduction == "squeeze":
+            self.squeeze = nn.Linear(channels, config.squeeze_dim)
+            self.reduce = nn.Linear(tokens * config.squeeze_dim, channels)
+        elif config.reduction == "linear":
+            self.reduce = nn.Linear(tokens * channels, channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.has_ffn = config.ffn_dim > 0
+        if self.has_ffn:
+            self.ffn = nn.Sequential(
+                nn.Linear(channels, config.ffn_dim), nn.ReLU(), nn.Linear(config.ffn_dim, channels)
+            )
+            self.norm4 = nn.LayerNorm(channels)
+
+    def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
+        """Tokens (M, P, C), embedding (M, C) -> (M, C)."""
+        norms = ((norm.weight, norm.bias) for norm in (self.norm1, self.norm2))
+        x = F.relu(self.norm3(self._reduce(dynamic_conv(tokens, self.kernels(embedding), *norms))))
+        return self.norm4(x + self.ffn(x)) if self.has_ffn else x
+
+    def _reduce(self, tokens: Tensor) -> Tensor:
+        # The mean forgets where in the box the person stands, so it is kept as an ablation only.
+        if self.reduction == "mean":
+            return tokens.mean(1)
+        tokens = self.squeeze(tokens) if self.reduction == "squeeze" else tokens
+        return self.reduce(tokens.flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """The embedding asks the region: one query token over the P tokens."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(channels, num_heads)
+
+    def forward(self, embedding: Tensor, tokens: Tensor) -> Tensor:
+        """Embedding (M, C), tokens (M, P, C) -> (M, C)."""
+        return self.attention(embedding[:, None], tokens)[:, 0]
+
+
+class TimeEmbedding(nn.Module):
+    """Timestep -> scale and shift of a FiLM layer (Perez et al., arXiv:1709.07871)."""
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, hidden: int, channels: int) -> None:
+        super().__init__()
+        exponents = torch.arange(dim // 2, dtype=torch.float64) / (dim // 2 - 1)
+        self.register_buffer("frequencies", (10000.0**-exponents).float(), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.film = nn.Linear(hidden, 2 * channels)
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) -> scale (B, C) and shift (B, C)."""
+        scale, shift = self.film(F.silu(self.mlp(self.sinusoid(t)))).chunk(2, dim=1)
+        return scale, shift
+
+    def sinusoid(self, t: Tensor) -> Tensor:
+        """(B,) raw timesteps -> (B, dim): sines, then cosines, of norm sqrt(dim / 2)."""
+        angles = t[:, None].float() * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Heads(nn.Module):
+    """Fused features (B, N, 2C) -> logits (B, N), deltas (B, N, 4), embeddings (B, N, E).
+
+    `cascaded` (the paper): box and class see the embedding alone. `parallel`: they see the features alone.
+    `joint`: both. Time enters by FiLM on the hidden layers, so it reaches every output.
+    """
+
+    def __init__(self, config: PSDiffConfig) -> None:
+        super().__init__()
+        channels, dim = config.channels, config.embedding_dim
+        self.kind = config.head
+        self.embedding_hidden = nn.Sequential(
+            nn.Linear(2 * channels, channels), nn.LayerNorm(channels), nn.ReLU()
+        )
+        self.embedding = nn.Linear(channels, dim)
+        if config.head != "cascaded":
+            self.detection_hidden = nn.Sequential(
+                nn.Linear(2 * channels, channels), nn.LayerNorm(channels), nn.ReLU()
+            )
+        inputs = {"cascaded": dim, "parallel": channels, "joint": channels + dim}[config.head]
+        self.class_tower = _tower(inputs, channels, layers=1)
+        self.box_tower = _tower(inputs, channels, layers=3)
+        self.logit = nn.Linear(channels, 1)
+        self.deltas = nn.Linear(channels, 4)
+
+    def forward(self, fused: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused (B, N, 2C), scale and shift (B, 1, C) -> logits, deltas, embeddings."""
+        embeddings = self.embedding(self.embedding_hidden(fused) * (1 + scale) + shift)
+        seen = embeddings
+        if self.kind != "cascaded":
+            seen = self.detection_hidden(fused) * (1 + scale) + shift
+        if self.kind == "joint":
+            seen = torch.cat([seen, embeddings], dim=-1)
+        return self.logit(self.class_tower(seen))[..., 0], self.deltas(self.box_tower(seen)), embeddings
+
+
+def _tower(inputs: int, channels: int, layers: int) -> nn.Sequential:
+    widths = [inputs] + [channels] * layers
+    blocks = [
+        nn.Sequential(nn.Linear(narrow, wide, bias=False), nn.LayerNorm(wide), nn.ReLU())
+        for narrow, wide in itertools.pairwise(widths)
+    ]
+    return nn.Sequential(*blocks)
+
+
+def apply_deltas(boxes_norm: Tensor, deltas: Tensor) -> Tensor:
+    """Move and resize xyxy boxes (..., 4) by (dx, dy, dw, dh), relative to each box's own size."""
+    dx, dy, dw, dh = (deltas / deltas.new_tensor(DELTA_WEIGHTS)).unbind(-1)
+    x1, y1, x2, y2 = boxes_norm.unbind(-1)
+    width, height = x2 - x1, y2 - y1
+    cx, cy = (x1 + x2) / 2 + dx * width, (y1 + y2) / 2 + dy * height
+    half_width = width * dw.clamp(max=MAX_LOG_SIZE).exp() / 2
+    half_height = height * dh.clamp(max=MAX_LOG_SIZE).exp() / 2
+    return torch.stack([cx - half_width, cy - half_height, cx + half_width, cy + half_height], dim=-1)

@@ -1,0 +1,71 @@
+"""What the network found in one frame, checked at the door; NumPy and OpenCV only, so every runtime shares it.
+
+Legend: n detections, N proposals, E embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """People found in one frame, best score first.
+
+    boxes_xyxy: (n, 4) float32, frame pixels. scores: (n,) float32 in [0, 1].
+    embeddings: (n, E) float32, unit rows; the cosine of two people is their dot product.
+    Raises ValueError where shapes do not agree.
+    """
+
+    boxes_xyxy: Float32Array
+    scores: Float32Array
+    embeddings: Float32Array
+
+    def __post_init__(self) -> None:
+        n = len(self.scores)
+        if self.boxes_xyxy.shape != (n, 4):
+            raise ValueError(f"boxes_xyxy must be of shape ({n}, 4), got {self.boxes_xyxy.shape}")
+        if self.embeddings.ndim != 2 or len(self.embeddings) != n:
+            raise ValueError(f"embeddings must be of shape ({n}, E), got {self.embeddings.shape}")
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def select_detections(
+    boxes_xyxy: Float32Array,
+    scores: Float32Array,
+    embeddings: Float32Array,
+    *,
+    score_threshold: float,
+    nms_iou: float,
+) -> Detections:
+    """Filter the N proposals of one frame by score, then by non-maximum suppression.
+
+    boxes_xyxy: (N, 4) frame pixels, already clipped to the frame. scores: (N,). embeddings: (N, E).
+    A box is suppressed when its IoU with a better one is > nms_iou (strictly).
+    """
+    # A box clipped to nothing lies outside the frame; it is no detection whatever its score.
+    inside = (boxes_xyxy[:, 2] > boxes_xyxy[:, 0]) & (boxes_xyxy[:, 3] > boxes_xyxy[:, 1])
+    candidates = np.flatnonzero(inside & (scores >= score_threshold))
+    kept = candidates[non_maximum_suppression(boxes_xyxy[candidates], scores[candidates], nms_iou)]
+    return Detections(boxes_xyxy[kept], scores[kept], embeddings[kept])
+
+
+def non_maximum_suppression(
+    boxes_xyxy: Float32Array, scores: Float32Array, nms_iou: float
+) -> NDArray[np.int64]:
+    """Indices of the boxes that stay, best score first. boxes_xyxy: (n, 4), scores: (n,)."""
+    if len(scores) == 0:
+        return np.zeros(0, np.int64)
+    boxes_xywh = np.concatenate([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], axis=1)
+    rectangles: Sequence[Sequence[float]] = boxes_xywh.astype(float).tolist()
+    kept = cv2.dnn.NMSBoxes(rectangles, scores.astype(float).tolist(), 0.0, nms_iou)
+    return np.asarray(kept, np.int64).reshape(-1)
