@@ -1,0 +1,251 @@
+"""How good a detector is on held-out synthetic clips: detection AP50 and cross-camera search top-1.
+
+Works on any Detector, so the same numbers come from PyTorch and from the shipped bundle; no torch here.
+Legend: n detections, M people of one frame, E embedding dimension.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from ..bundle import Manifest, Measurement, write_manifest
+from ..models.detections import Detections
+from ..models.sampling import Detector
+from .synthetic.clips import read_truth, truth_path, write_clip
+from .synthetic.street import Street
+
+IOU_THRESHOLD = 0.5
+
+# A query must show the person well, as an operator would choose it.
+QUERY_VISIBILITY = 0.8
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out clips: `streets` casts of people, two cameras each. Seeds far above those of training."""
+
+    streets: int = 8
+    people: int = 8
+    duration_s: float = 12.0
+    clip_fps: float = 10.0
+    every: int = 5
+    """Every how many frames of a clip one is evaluated."""
+    seed: int = 1_000_000
+
+    def description(self) -> str:
+        """One line for tables and manifests."""
+        return (
+            f"synthetic street, {self.streets} held-out streets x 2 cameras, {self.people} people each, "
+            f"{self.duration_s:g} s H.264 at {self.clip_fps:g} fps, every {self.every}th frame, seed {self.seed}"
+        )
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """A frame of a clip with its people; pids are unique over all streets."""
+
+    street: int
+    camera: int
+    image: NDArray[np.uint8]
+    boxes_xyxy: NDArray[np.float32]
+    pids: NDArray[np.int64]
+    visibility: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a detector achieved at one number of steps."""
+
+    steps: int
+    ap50: float
+    recall: float
+    top1: float
+    queries: int
+    ms_per_frame: float
+
+
+def render_evaluation_set(
+    settings: EvaluationSet, folder: Path, on_frame: Callable[[], None] = lambda: None
+) -> list[Path]:
+    """Write the clips that are not there yet; returns their paths, camera 0 before camera 1 of each street."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number in range(settings.streets):
+        street = Street(
+            settings.seed + number, num_people=settings.people, duration_s=settings.duration_s, cameras=2
+        )
+        for camera in range(2):
+            path = folder / f"street{number:02d}-camera{camera}.mp4"
+            if not path.is_file():
+                write_clip(
+                    street,
+                    camera,
+                    path,
+                    fps=settings.clip_fps,
+                    duration_s=settings.duration_s,
+                    on_frame=on_frame,
+                )
+            paths.append(path)
+    return paths
+
+
+def load_evaluation_set(settings: EvaluationSet, paths: Sequence[Path]) -> list[LabelledImage]:
+    """Decode every `every`-th frame of the clips with its labels."""
+    return [image for i, path in enumerate(paths) for image in _labelled(settings, path, *divmod(i, 2))]
+
+
+def _labelled(settings: EvaluationSet, path: Path, street: int, camera: int) -> Iterator[LabelledImage]:
+    truth = read_truth(truth_path(path))
+    with av.open(str(path)) as container:
+        for index, (frame, labels) in enumerate(zip(container.decode(video=0), truth.frames, strict=True)):
+            if index % settings.every == 0:
+                yield LabelledImage(
+                    street,
+                    camera,
+                    frame.to_ndarray(format="rgb24"),
+                    np.asarray(labels.boxes_xyxy, np.float32).reshape(-1, 4),
+                    np.asarray(labels.pids, np.int64) + street * settings.people,
+                    np.asarray(labels.visibility, np.float32),
+                )
+
+
+def evaluate(
+    detector: Detector,
+    images: Sequence[LabelledImage],
+    steps: int,
+    on_frame: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Score a detector at K = steps. Milliseconds are wall-clock per frame, one frame at a time."""
+    found, seconds = [], 0.0
+    for i, labelled in enumerate(images):
+        began = time.perf_counter()
+        found += detector.detect([labelled.image], steps, seeds=[i])
+        seconds += time.perf_counter() - began
+        on_frame()
+    pids = [assigned_pids(people, labelled) for people, labelled in zip(found, images, strict=True)]
+    ap50, recall = average_precision(
+        [people.scores for people in found],
+        [assigned >= 0 for assigned in pids],
+        sum(len(labelled.pids) for labelled in images),
+    )
+    hits = search_hits(detector, images, found, pids, steps)
+    return Scores(steps, ap50, recall, float(np.mean(hits)), len(hits), 1000 * seconds / max(len(images), 1))
+
+
+def assigned_pids(people: Detections, labelled: LabelledImage) -> NDArray[np.int64]:
+    """(n,) the person that each detection found, -1 for none.
+
+    Greedy by score: a person belongs to the best detection with IoU >= 0.5 (PASCAL VOC).
+    """
+    assigned = np.full(len(people), -1, np.int64)
+    iou = box_iou(people.boxes_xyxy, labelled.boxes_xyxy)
+    free = np.ones(len(labelled.pids), bool)
+    for i in np.argsort(-people.scores, kind="stable"):
+        candidates = np.where(free, iou[i], 0.0)
+        if len(candidates) and candidates.max() >= IOU_THRESHOLD:
+            best = int(candidates.argmax())
+            assigned[i], free[best] = labelled.pids[best], False
+    return assigned
+
+
+def box_iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, 4) and (M, 4) xyxy -> (n, M) intersection over union."""
+    overlap = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    intersection = overlap.clip(min=0).prod(-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b)]
+    return intersection / np.maximum(areas[0][:, None] + areas[1][None] - intersection, 1e-9)
+
+
+def average_precision(
+    scores: Sequence[NDArray[np.float32]], is_hit: Sequence[NDArray[np.bool_]], num_people: int
+) -> tuple[float, float]:
+    """COCO's 101-point average precision and the final recall, over the detections of all frames."""
+    order = np.argsort(-np.concatenate([*scores, np.zeros(0)]), kind="stable")
+    hits = np.concatenate([*is_hit, np.zeros(0, bool)])[order].astype(bool)
+    if num_people == 0 or not hits.any():
+        return 0.0, 0.0
+    found = np.cumsum(hits)
+    recall, precision = found / num_people, found / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    index = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
+    return float(np.append(envelope, 0.0)[np.minimum(index, len(envelope))].mean()), float(recall[-1])
+
+
+def search_hits(
+    detector: Detector,
+    images: Sequence[LabelledImage],
+    found: Sequence[Detections],
+    pids: Sequence[NDArray[np.int64]],
+    steps: int,
+) -> list[bool]:
+    """Tell for each query person whether the best match over all cameras 1 is that person.
+
+    A query is a person whom a camera 0 sees well, embedded from the true box; the gallery is what the
+    detector found by itself.
+    """
+    gallery = [i for i, labelled in enumerate(images) if labelled.camera == 1]
+    embeddings = np.concatenate([found[i].embeddings for i in gallery])
+    owners = np.concatenate([pids[i] for i in gallery])
+    present = {int(pid) for i in gallery for pid in images[i].pids}
+    hits = []
+    for pid, (labelled, row) in best_views(images).items():
+        if pid in present:
+            query = detector.embed(labelled.image, labelled.boxes_xyxy[row : row + 1], steps)[0]
+            hits.append(bool(len(owners)) and bool(owners[int((embeddings @ query).argmax())] == pid))
+    return hits
+
+
+def best_views(images: Sequence[LabelledImage]) -> dict[int, tuple[LabelledImage, int]]:
+    """Pid -> the frame of its camera 0 that shows it largest among those that show it well, and its row."""
+    best: dict[int, tuple[float, LabelledImage, int]] = {}
+    for labelled in images:
+        if labelled.camera != 0:
+            continue
+        heights = labelled.boxes_xyxy[:, 3] - labelled.boxes_xyxy[:, 1]
+        for row in np.flatnonzero(labelled.visibility >= QUERY_VISIBILITY):
+            pid, height = int(labelled.pids[row]), float(heights[row])
+            if pid not in best or height > best[pid][0]:
+                best[pid] = (height, labelled, int(row))
+    return {pid: (labelled, row) for pid, (_, labelled, row) in best.items()}
+
+
+def scores_table(scores: Sequence[Scores], settings: EvaluationSet) -> Table:
+    """The scores as people read them."""
+    table = Table(title=settings.description(), title_justify="left")
+    for heading in ("K", "AP50", "recall", "top-1", "queries", "ms/frame"):
+        table.add_column(heading, justify="right")
+    for row in scores:
+        shares = (f"{value:.3f}" for value in (row.ap50, row.recall, row.top1))
+        table.add_row(str(row.steps), *shares, str(row.queries), f"{row.ms_per_frame:.0f}")
+    return table
+
+
+def record_scores(
+    folder: Path, manifest: Manifest, scores: Sequence[Scores], settings: EvaluationSet
+) -> None:
+    """Write the scores into a bundle's manifest, in the place of what it held for the same K and data set."""
+    new = [
+        Measurement(
+            steps=row.steps,
+            backend="onnxruntime",
+            ap50=round(row.ap50, 4),
+            top1=round(row.top1, 4),
+            ms_per_frame=round(row.ms_per_frame, 1),
+            dataset=settings.description(),
+            machine=f"{platform.machine()}, {os.cpu_count()} cores",
+        )
+        for row in scores
+    ]
+    replaced = {(row.steps, row.dataset) for row in new}
+    kept = [row for row in manifest.measurements if (row.steps, row.dataset) not in replaced]
+    write_manifest(folder, manifest.model_copy(update={"measurements": kept + new}))

@@ -1,0 +1,1 @@
+"""The synthetic street: procedural people with identity, cameras, labelled frames and clips; no torch."""
