@@ -1,0 +1,148 @@
+"""A checkpoint becomes a bundle: graphs, weights, reference outputs, manifest; whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from .. import __version__
+from ..bundle import (
+    BACKBONE,
+    DENOISE_STEP,
+    MANIFEST,
+    REFERENCE,
+    WEIGHTS,
+    Manifest,
+    file_sha256,
+    write_manifest,
+)
+from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings
+from ..models.preprocess import Letterbox, seeded_noise
+from ..models.sampling import SamplerSettings, denoise
+from .onnx_graph import SMALLEST_HALF_TENSOR, round_to_half, write_backbone, write_denoise_step
+
+# Steps whose PyTorch outputs travel with the bundle, so that a device can prove it computes the same.
+REFERENCE_STEPS = (1, 2, 4, 8)
+
+# Cosine from which a detection counts as the person asked for, until a site calibrates its own.
+DEFAULT_MATCH_THRESHOLD = 0.6
+
+TOOLS = ("torch", "torchvision", "onnx", "onnxscript", "numpy")
+
+
+class ExportError(Exception):
+    """The bundle could not be written; nothing was left behind."""
+
+
+def export_bundle(
+    checkpoint: Path,
+    out: Path,
+    *,
+    model_id: str | None = None,
+    match_threshold: float = DEFAULT_MATCH_THRESHOLD,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> Manifest:
+    """Write the bundle of a checkpoint to the folder `out`, replacing a bundle that is there.
+
+    on_step is told what is being done. Raises ExportError where `out` holds something else than a bundle.
+    """
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise ExportError(f"out must be a new folder or a bundle, got {out}, which holds something else")
+    model, notes = load_checkpoint(checkpoint)
+    round_to_half(model).eval()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        folder = Path(temporary) / out.name
+        folder.mkdir()
+        _write_files(model, folder, on_step)
+        manifest = describe(model, notes, folder, model_id or out.name, match_threshold)
+        write_manifest(folder, manifest)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.rename(out)
+    return manifest
+
+
+def _write_files(model: PSDiff, folder: Path, on_step: Callable[[str], None]) -> None:
+    on_step(f"exporting {BACKBONE}")
+    write_backbone(model, folder / BACKBONE)
+    on_step(f"exporting {DENOISE_STEP}")
+    write_denoise_step(model, folder / DENOISE_STEP)
+    on_step(f"writing {WEIGHTS}")
+    save_weights(model, folder / WEIGHTS)
+    on_step(f"computing {REFERENCE}")
+    np.savez_compressed(folder / REFERENCE, **reference_outputs(model))
+
+
+def save_weights(model: PSDiff, path: Path) -> None:
+    """The rounded weights as a checkpoint that `load_checkpoint` reads, large tensors in float16."""
+    weights = {
+        name: (tensor.half() if tensor.numel() >= SMALLEST_HALF_TENSOR else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, path, metadata={"config": model.config.model_dump_json()})
+
+
+def reference_outputs(model: PSDiff) -> dict[str, np.ndarray]:
+    """One input and what PyTorch float32 makes of it at each of REFERENCE_STEPS.
+
+    Keys: image (H, W, 3) uint8, boxes_T (N, 4), emb_T (N, E), and boxes_xyxy_k{K}, scores_k{K}, embeddings_k{K}.
+    """
+    settings = sampler_settings(model.config)
+    image = reference_image(settings)
+    boxes_T, emb_T = seeded_noise(0, settings.num_proposals, settings.embedding_dim)  # noqa: N806
+    engine = TorchEngine(model)
+    features = engine.backbone(image[None])
+    arrays: dict[str, np.ndarray] = {"image": image, "boxes_T": boxes_T, "emb_T": emb_T}
+    for steps in REFERENCE_STEPS:
+        output = denoise(engine, features, boxes_T[None], emb_T[None], settings.timesteps[steps])
+        for name in ("boxes_xyxy", "scores", "embeddings"):
+            arrays[f"{name}_k{steps}"] = getattr(output, name)[0]
+    return arrays
+
+
+def reference_image(settings: SamplerSettings) -> np.ndarray:
+    """A canvas with structure at every scale, made from a formula so that no picture has to be licensed."""
+    y, x = np.mgrid[0 : settings.height, 0 : settings.width].astype(np.float32)
+    waves = [127.5 + 127.5 * np.sin(x / (7.0 + 9 * c) + c) * np.cos(y / (5.0 + 11 * c)) for c in range(3)]
+    image = np.stack(waves, axis=-1).astype(np.uint8)
+    height, width = image.shape[:2]
+    for i in range(6):
+        left, top = int(width * (0.05 + 0.15 * i)), int(height * (0.1 + 0.05 * i))
+        image[top : top + height // 3, left : left + width // 20] = (40 * i, 255 - 40 * i, 128)
+    box = Letterbox(width, height, settings.width, settings.height)
+    return box.image(image)
+
+
+def describe(
+    model: PSDiff, notes: dict[str, Any], folder: Path, model_id: str, match_threshold: float
+) -> Manifest:
+    """The manifest of a model whose files lie in folder."""
+    config, settings = model.config, sampler_settings(model.config)
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    return Manifest(
+        model_id=model_id,
+        # Any change of the weights moves the embeddings, so the space is named after them.
+        embedding_space=f"{model_id}-{files[WEIGHTS][:12]}",
+        width=config.width,
+        height=config.height,
+        num_proposals=config.num_proposals,
+        embedding_dim=config.embedding_dim,
+        box_scale=config.box_scale,
+        timesteps={steps: list(grid) for steps, grid in settings.timesteps.items()},
+        score_threshold=config.score_threshold,
+        nms_iou=config.nms_iou,
+        match_threshold=match_threshold,
+        weight_precision="float16 storage, float32 compute",
+        model=config.model_dump(mode="json"),
+        training=notes,
+        tools={"psdiff": __version__, **{tool: version(tool) for tool in TOOLS}},
+        files=files,
+    )

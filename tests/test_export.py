@@ -1,0 +1,172 @@
+"""From checkpoint to bundle: ONNX equals PyTorch, and a bundle is whole or refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from psdiff.bundle import MANIFEST, BundleError, load_manifest
+from psdiff.export.export import ExportError, export_bundle
+from psdiff.models.config import PSDiffConfig, load_preset
+from psdiff.models.person_search import (
+    PSDiff,
+    TorchEngine,
+    load_checkpoint,
+    sampler_settings,
+    save_checkpoint,
+)
+from psdiff.models.preprocess import seeded_noise
+from psdiff.models.sampling import denoise
+from psdiff.runtime.detector import OnnxEngine, open_detector, shipped_bundle
+
+SMALL = load_preset("psdiff_mobile").model_dump() | {"height": 128, "width": 192, "num_proposals": 12}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    model = PSDiff(PSDiffConfig.model_validate(SMALL))
+    save_checkpoint(model, folder / "model.safetensors", {"preset": "a test"})
+    export_bundle(folder / "model.safetensors", folder / "small")
+    return folder / "small"
+
+
+def both_engines(folder):
+    model, _ = load_checkpoint(folder / "weights.safetensors")
+    return model, TorchEngine(model), OnnxEngine(folder)
+
+
+def assert_same_people(folder, images, steps, proposals):
+    """Boxes within 0.5 px of the input, cosine >= 0.9999, from the same noise, without selection."""
+    model, reference, engine = both_engines(folder)
+    config = model.config
+    noise = [seeded_noise(i, proposals, config.embedding_dim) for i in range(len(images))]
+    boxes_t, emb_t = (np.stack(part) for part in zip(*noise, strict=True))
+    grid = sampler_settings(config).timesteps[steps]
+    wanted, got = (denoise(e, e.backbone(images), boxes_t, emb_t, grid) for e in (reference, engine))
+    pixels = np.array([config.width, config.height] * 2)
+    inside = np.clip(wanted.boxes_xyxy, 0, 1), np.clip(got.boxes_xyxy, 0, 1)
+    assert (np.abs(inside[0] - inside[1]) * pixels).max() <= 0.5
+    assert (wanted.embeddings * got.embeddings).sum(-1).min() >= 0.9999
+    np.testing.assert_allclose(got.scores, wanted.scores, atol=1e-3)
+
+
+def noise_images(count, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_onnxruntime_equals_pytorch_at_every_k(bundle, steps):
+    assert_same_people(bundle, noise_images(2, 128, 192), steps, 12)
+
+
+@pytest.mark.parametrize(("batch", "proposals"), [(1, 1), (1, 40), (3, 5)])
+def test_the_graphs_take_any_batch_and_number_of_proposals(bundle, batch, proposals):
+    assert_same_people(bundle, noise_images(batch, 128, 192), 2, proposals)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_shipped_bundle_equals_pytorch_on_its_reference_and_on_noise(steps):
+    folder = shipped_bundle()
+    if not folder.is_dir():
+        pytest.skip(f"the shipped bundle is missing: {folder}")
+    manifest = load_manifest(folder)
+    assert_same_people(
+        folder, noise_images(1, manifest.height, manifest.width), steps, manifest.num_proposals
+    )
+    reference = np.load(folder / "reference.npz")
+    engine = OnnxEngine(folder)
+    start = reference["boxes_T"][None], reference["emb_T"][None]
+    got = denoise(engine, engine.backbone(reference["image"][None]), *start, manifest.timesteps[steps])
+    pixels = np.array([manifest.width, manifest.height] * 2)
+    wanted = np.clip(reference[f"boxes_xyxy_k{steps}"], 0, 1)
+    assert (np.abs(np.clip(got.boxes_xyxy[0], 0, 1) - wanted) * pixels).max() <= 0.5
+    assert (got.embeddings[0] * reference[f"embeddings_k{steps}"]).sum(-1).min() >= 0.9999
+
+
+def test_a_bundle_opens_and_answers_in_three_lines(bundle):
+    detector = open_detector(bundle, backend="onnxruntime")
+    frames = list(noise_images(2, 90, 160))
+    assert len(detector.detect(frames, steps=2)) == 2
+    assert detector.embed(frames[0], np.array([[10, 10, 60, 80.0]])).shape == (1, 64)
+
+
+def test_the_manifest_says_what_the_model_is(bundle):
+    manifest = load_manifest(bundle)
+    assert (manifest.width, manifest.height, manifest.num_proposals) == (192, 128, 12)
+    assert manifest.timesteps[4] == [999, 420, 124, 14]
+    assert manifest.training == {"preset": "a test"}
+    assert manifest.embedding_space.startswith("small-")
+    assert set(manifest.files) == {
+        "backbone.onnx",
+        "denoise_step.onnx",
+        "weights.safetensors",
+        "reference.npz",
+    }
+
+
+def test_large_weights_are_stored_in_half_precision(bundle):
+    parameters = sum(p.numel() for p in load_checkpoint(bundle / "weights.safetensors")[0].parameters())
+    graphs = sum((bundle / name).stat().st_size for name in ("backbone.onnx", "denoise_step.onnx"))
+    assert graphs < 2.6 * parameters
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def test_a_changed_byte_is_refused(copy):
+    path = copy / "backbone.onnx"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"backbone.onnx must have SHA-256 .*, got .*altered or damaged"):
+        open_detector(copy)
+
+
+def test_a_missing_file_and_a_missing_bundle_are_refused(copy, tmp_path):
+    (copy / "denoise_step.onnx").unlink()
+    with pytest.raises(BundleError, match=r"bundle must hold denoise_step.onnx, got no such file"):
+        open_detector(copy)
+    with pytest.raises(BundleError, match=r"bundle must be a folder with manifest.json"):
+        open_detector(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "bundle format must be 1, got 99"),
+        ({"width": -1}, "width: Input should be greater than 0, got -1"),
+        ({"colour": "red"}, "colour: Extra inputs are not permitted"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(copy, change, message):
+    path = copy / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=message):
+        open_detector(copy)
+
+
+def test_a_manifest_that_is_no_json_is_refused(copy):
+    (copy / MANIFEST).write_text("{")
+    with pytest.raises(BundleError, match="must be a JSON object"):
+        open_detector(copy)
+
+
+def test_an_export_replaces_a_bundle_and_nothing_else(bundle, tmp_path):
+    checkpoint = bundle.parent / "model.safetensors"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.jpg").write_bytes(b"x")
+    with pytest.raises(ExportError, match="out must be a new folder or a bundle"):
+        export_bundle(checkpoint, tmp_path / "photos")
+    assert (tmp_path / "photos" / "dear.jpg").is_file()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "none.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="checkpoint must be written by psdiff train"):
+        export_bundle(tmp_path / "none.safetensors", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["none.safetensors"]
