@@ -1,0 +1,1 @@
+"""From a bundle and cameras to detections and events; imports no torch."""

@@ -1,0 +1,328 @@
+"""Frames from video files and RTSP cameras, through PyAV (FFmpeg); no other module decodes video."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple, Self
+
+import av
+import av.error
+import numpy as np
+from av.codec.context import ThreadType
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from .frames import Picture, SourceError, VideoFrame
+
+# A demuxer that reports bad data this many times in a row has lost its place in the file.
+MAX_BAD_READS = 100
+
+NO_ANSWER = "no answer in time"
+
+# FFmpeg shows plain text as a film of a terminal; nobody means that.
+TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
+
+# Cameras and recorders without a clock write the zero of MP4 (1904) or of Unix (1970).
+FIRST_CREDIBLE_YEAR = 1980
+
+
+class Decoded(NamedTuple):
+    """A frame that is decoded but not yet converted to RGB."""
+
+    seq: int
+    frame: av.VideoFrame
+    pts_s: float | None
+    """Seconds since the first frame."""
+    arrival: datetime
+    """UTC, the clock of this machine."""
+
+
+class VideoSource:
+    """A video file (or the connection below a LiveSource), read to its last frame."""
+
+    def __init__(
+        self,
+        url: str,
+        camera: str,
+        *,
+        name: str,
+        live: bool = False,
+        every: int = 1,
+        open_timeout_s: float = 10.0,
+        read_timeout_s: float = 5.0,
+    ) -> None:
+        """Open and decode the first frame.
+
+        url: what FFmpeg opens. name: what errors call it; without credentials. live: an RTSP camera.
+        Raises SourceError.
+        """
+        self.camera = camera
+        self.every = every
+        self.frames_decoded = 0
+        self.frames_dropped = 0
+        self.corrupt_packets = 0
+        self._name = name
+        self._container = _open(url, name, live, open_timeout_s, read_timeout_s)
+        try:
+            self._stream = _video_stream(self._container, name)
+            # Threads over whole frames are fastest but hold frames back, which a live view must not.
+            self._stream.thread_type = ThreadType.SLICE if live else ThreadType.AUTO
+            self._created = None if live else _creation_time(self._container, self._stream)
+            self.fps_hint = _fps(self._stream)
+            self.num_frames_hint = None if live else _num_frames(self._container, self._stream, self.fps_hint)
+            self._start_pts: int | None = None
+            self._decoded = self._decode()
+            self._first = next(self._decoded, None)
+            if self._first is None:
+                found = (
+                    f"{self.corrupt_packets} corrupt packets" if self.corrupt_packets else "an empty video"
+                )
+                raise SourceError(f"source must hold a frame that can be decoded, got {found} in {name}")
+        except BaseException:
+            self._container.close()
+            raise
+
+    def ready(self) -> bool:
+        """Return True: a disk does not make the reader wait."""
+        return True
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Give every every-th frame; what was given once is not given again."""
+        return (self.picture(decoded) for decoded in self.decoded())
+
+    def decoded(self) -> Iterator[Decoded]:
+        """Give the frames of __iter__ before they are converted to RGB (about 3 ms in 1080p)."""
+        if self._first is not None:
+            first, self._first = self._first, None
+            yield first
+        yield from self._decoded
+
+    def picture(self, decoded: Decoded) -> VideoFrame:
+        """Convert to upright RGB and attach the time."""
+        seq, frame, pts_s, arrival = decoded
+        try:
+            image = _upright_rgb(frame)
+        except (av.error.FFmpegError, ValueError) as error:
+            raise SourceError(
+                f"source must have frames that convert to RGB, got {error} in {self._name}"
+            ) from None
+        if self._created is None or pts_s is None:
+            return VideoFrame(self.camera, seq, pts_s, image, arrival, "arrival")
+        return VideoFrame(self.camera, seq, pts_s, image, self._created + timedelta(seconds=pts_s), "file")
+
+    def close(self) -> None:
+        """Close the file or connection."""
+        self._first = None
+        self._decoded.close()
+        self._container.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _decode(self):  # noqa: ANN202 - a Generator[Decoded], for its close()
+        for packet in self._packets():
+            for frame in self._frames_of(packet):
+                pts_s = self._seconds_since_start(frame)
+                seq = self.frames_decoded
+                self.frames_decoded += 1
+                if seq % self.every == 0:
+                    yield Decoded(seq, frame, pts_s, datetime.now(UTC))
+
+    def _seconds_since_start(self, frame: av.VideoFrame) -> float | None:
+        # Not frame.time: it is nan for the frames that the decoder hands out at the end.
+        if frame.pts is None or self._stream.time_base is None:
+            return None
+        if self._start_pts is None:
+            self._start_pts = frame.pts
+        return float((frame.pts - self._start_pts) * self._stream.time_base)
+
+    def _frames_of(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        try:
+            frames = self._stream.decode(packet)
+        except av.error.FFmpegError:
+            self.corrupt_packets += 1
+            return []
+        # The decoder conceals what it can; such a frame is used, and counted once.
+        damaged = sum(frame.is_corrupt for frame in frames)
+        self.corrupt_packets += max(damaged, int(packet is not None and packet.is_corrupt))
+        return frames
+
+    def _packets(self) -> Iterator[av.Packet | None]:
+        """Give the stream's packets, then None, which makes the decoder hand out the frames it holds back."""
+        bad_reads = 0
+        while bad_reads < MAX_BAD_READS:
+            try:
+                for packet in self._container.demux(self._stream):
+                    bad_reads = 0
+                    if packet.size:
+                        yield packet
+                break
+            except av.error.InvalidDataError:
+                self.corrupt_packets += 1
+                bad_reads += 1
+            except av.error.FFmpegError as error:
+                reason = _reason(error)
+                raise SourceError(
+                    f"source must stay readable to its end, got {reason} from {self._name}"
+                ) from None
+        yield None
+
+
+class LiveSource:
+    """An RTSP camera: a thread decodes all the time, the reader gets the newest frame.
+
+    A reader that is slower than the camera drops frames instead of falling behind.
+    """
+
+    num_frames_hint: int | None = None
+
+    def __init__(self, video: VideoSource) -> None:
+        self.camera = video.camera
+        self.fps_hint = video.fps_hint
+        self.every = video.every
+        self.frames_dropped = 0
+        self._video = video
+        self._changed = threading.Condition()
+        self._newest: Decoded | None = None
+        self._ended = False
+        self._closing = False
+        self._error: SourceError | None = None
+        self._thread = threading.Thread(target=self._follow, name=f"camera {self.camera}", daemon=True)
+        self._thread.start()
+
+    @property
+    def frames_decoded(self) -> int:
+        """Frames the camera has sent, dropped ones included."""
+        return self._video.frames_decoded
+
+    @property
+    def corrupt_packets(self) -> int:
+        """Packets that could not be decoded, or only in part."""
+        return self._video.corrupt_packets
+
+    def ready(self) -> bool:
+        """Tell whether a new frame, or the end, is there."""
+        return self._newest is not None or self._ended
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Wait for the next new frame, give it, and so on. Raises SourceError when the camera is lost."""
+        while (decoded := self._take()) is not None:
+            yield self._video.picture(decoded)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Hang up. Waits for the packet under way, at most the read timeout."""
+        self._closing = True
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> Decoded | None:
+        with self._changed:
+            self._changed.wait_for(self.ready)
+            newest, self._newest = self._newest, None
+            return newest
+
+    def _follow(self) -> None:
+        try:
+            for decoded in self._video.decoded():
+                if self._closing:
+                    break
+                with self._changed:
+                    self.frames_dropped += self._newest is not None
+                    self._newest = decoded
+                    self._changed.notify_all()
+        except SourceError as error:
+            self._error = error
+        finally:
+            # Closed by the thread that reads: FFmpeg contexts may not be freed under a running read.
+            self._video.close()
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+
+def _open(url: str, name: str, live: bool, open_timeout_s: float, read_timeout_s: float) -> InputContainer:
+    if live:
+        return _connect(url, name, open_timeout_s, read_timeout_s)
+    try:
+        container = av.open(url, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise SourceError(f"source must be a video, got {_reason(error)} from {name}") from None
+    if container.format.name in TEXT_FORMATS:
+        container.close()
+        raise SourceError(f"source must be a video, got text in {name}")
+    return container
+
+
+def _connect(url: str, name: str, open_timeout_s: float, read_timeout_s: float) -> InputContainer:
+    # FFmpeg's own socket timeout (microseconds) bounds each wait, PyAV's the opening as a whole.
+    options = {"rtsp_transport": "tcp", "timeout": str(int(read_timeout_s * 1e6))}
+    start = time.monotonic()
+    try:
+        return av.open(
+            url, options=options, timeout=(open_timeout_s, read_timeout_s), metadata_errors="replace"
+        )
+    except av.error.FFmpegError as error:
+        # FFmpeg's RTSP client reports a timeout as invalid data; the clock tells which it was.
+        timed_out = time.monotonic() - start > 0.95 * min(open_timeout_s, read_timeout_s)
+        # The text of an FFmpegError holds the URL, and with it the password; strerror does not.
+        reason = NO_ANSWER if timed_out else _reason(error)
+        raise SourceError(f"source must be a camera that answers, got {reason} from {name}") from None
+
+
+def _reason(error: av.error.FFmpegError) -> str:
+    if isinstance(error, (av.error.ExitError, av.error.TimeoutError)):
+        return NO_ANSWER
+    return f"'{(error.strerror or type(error).__name__).lower()}'"
+
+
+def _video_stream(container: InputContainer, name: str) -> VideoStream:
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream):
+        raise SourceError(f"source must hold video, got none in {name}")
+    return stream
+
+
+def _fps(stream: VideoStream) -> float | None:
+    rate = stream.average_rate or stream.guessed_rate
+    return float(rate) if rate else None
+
+
+def _num_frames(container: InputContainer, stream: VideoStream, fps: float | None) -> int | None:
+    if stream.frames:
+        return stream.frames
+    if container.duration and fps:
+        return max(1, round(container.duration / av.time_base * fps))
+    return None
+
+
+def _creation_time(container: InputContainer, stream: VideoStream) -> datetime | None:
+    text = container.metadata.get("creation_time") or stream.metadata.get("creation_time")
+    if not text:
+        return None
+    try:
+        created = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    if created.year < FIRST_CREDIBLE_YEAR:
+        return None
+    # FFmpeg writes UTC; a text without zone is UTC too.
+    return created.replace(tzinfo=created.tzinfo or UTC).astimezone(UTC)
+
+
+def _upright_rgb(frame: av.VideoFrame) -> Picture:
+    image = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+    quarter_turns = round(frame.rotation / 90) % 4
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image

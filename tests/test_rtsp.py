@@ -1,0 +1,194 @@
+"""Real sockets: GStreamer's RTSP server as a camera, and cameras that are not there or do not answer."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import walk, write_video
+from psdiff.runtime.frames import SourceError
+from psdiff.runtime.run import run
+from psdiff.runtime.sources import open_source
+from psdiff.runtime.video import LiveSource
+
+SERVER = Path(__file__).parent / "rtsp_server.py"
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+@pytest.fixture
+def serve():
+    """Start GStreamer's RTSP server over files; gives rtsp://127.0.0.1:PORT and the server's process."""
+    if not shutil.which(SYSTEM_PYTHON):
+        pytest.skip(f"{SYSTEM_PYTHON} is not there; it runs the RTSP server")
+    processes = []
+
+    def start(*files, options=()):
+        command = [SYSTEM_PYTHON, SERVER, "--port", "0", *options, *files]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        processes.append(process)
+        word, _, rest = process.stdout.readline().strip().partition(" ")
+        if word == "missing":
+            pytest.skip(f"the RTSP server needs the Debian package {rest}")
+        assert word == "ready"
+        return f"rtsp://127.0.0.1:{rest}", process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def camera_file(tmp_path):
+    """One and a half seconds at 30 fps."""
+    return write_video(tmp_path / "gate.mp4", walk(45), fps=30, options={"crf": "20", "g": "5", "bf": "0"})
+
+
+def test_a_camera_is_read_to_its_end(serve, camera_file):
+    url, _ = serve(camera_file)
+    with open_source(f"{url}/gate", read_timeout_s=3) as source:
+        assert isinstance(source, LiveSource)
+        frames = list(source)
+    assert source.camera == "127.0.0.1_gate"
+    assert len(frames) + source.frames_dropped == source.frames_decoded == 45
+    assert {frame.time_source for frame in frames} == {"arrival"}
+    assert frames[-1].pts_s == pytest.approx(frames[-1].seq / 30, abs=0.05), "one frame off at most"
+    assert frames[0].image.shape == (96, 160, 3)
+
+
+def test_a_slow_reader_gets_new_frames_not_old_ones(serve, camera_file):
+    url, _ = serve(camera_file)
+    with open_source(f"{url}/gate", read_timeout_s=3) as source:
+        seqs = []
+        for frame in source:
+            seqs.append(frame.seq)
+            time.sleep(0.25)
+    assert source.frames_dropped > 15
+    assert max(seqs[1:-1]) - seqs[1] > 5
+
+
+def test_two_cameras_and_a_file_run_together(serve, camera_file, tmp_path, detector, manifest):
+    other = write_video(tmp_path / "lobby.mp4", walk(45), fps=30, options={"g": "5", "bf": "0"})
+    url, _ = serve(camera_file, other)
+    uris = [f"{url}/gate", f"{url}/lobby", str(camera_file)]
+    sources = [open_source(uri, read_timeout_s=3) for uri in uris]
+    summary = run(sources, detector, manifest, out=tmp_path / "out", steps=1)
+    assert [source.status for source in summary.sources] == ["ended"] * 3
+    for source in summary.sources:
+        assert source.frames_decoded == 45
+        assert source.frames_processed + source.frames_dropped == 45
+    assert summary.sources[2].frames_dropped == 0
+
+
+def test_a_lost_camera_fails_and_the_others_go_on(serve, camera_file, tmp_path, detector, manifest):
+    url, process = serve(
+        write_video(tmp_path / "long.mp4", walk(45) * 8, fps=30, options={"g": "5", "bf": "0"})
+    )
+    sources = [open_source(f"{url}/long", read_timeout_s=2), open_source(str(camera_file))]
+    threading.Timer(1.0, process.kill).start()
+    start = time.monotonic()
+    summary = run(sources, detector, manifest, out=tmp_path / "out", steps=1)
+    assert time.monotonic() - start < 8
+    live, file = summary.sources
+    assert 0 < live.frames_decoded < 360
+    assert live.status in ("failed", "ended")
+    assert (file.status, file.frames_processed) == ("ended", 45)
+
+
+def test_a_camera_that_falls_silent_fails_in_time(serve, camera_file):
+    url, process = serve(camera_file)
+    with open_source(f"{url}/gate", read_timeout_s=1) as source:
+        frames = iter(source)
+        next(frames)
+        process.send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(SourceError, match="source must stay readable to its end, got no answer in time"):
+            list(frames)
+        assert 0.5 < time.monotonic() - start < 4
+
+
+def test_a_login_is_used_and_never_shown(serve, camera_file):
+    url, _ = serve(camera_file, options=["--login", "admin:hunter2"])
+    with open_source(url.replace("//", "//admin:hunter2@") + "/gate", read_timeout_s=3) as source:
+        assert next(iter(source)).image.size > 0
+        assert "hunter2" not in source.camera
+    with pytest.raises(SourceError, match="unauthorized") as caught:
+        open_source(url.replace("//", "//admin:hunter3@") + "/gate")
+    assert "hunter3" not in str(caught.value)
+
+
+def test_a_wrong_path_is_an_error(serve, camera_file):
+    url, _ = serve(camera_file)
+    with pytest.raises(SourceError, match=r"source must be a camera that answers, got .*not found"):
+        open_source(f"{url}/nowhere")
+
+
+# Cameras that are not there -----------------------------------------------------------------------------
+
+
+@contextmanager
+def silent_server():
+    """Accepts connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def test_a_closed_port_is_refused_at_once():
+    start = time.monotonic()
+    with pytest.raises(SourceError, match=r"'connection refused' from rtsp://127\.0\.0\.1:\d+/s1$") as caught:
+        open_source(f"rtsp://admin:hunter2@127.0.0.1:{free_port()}/s1")
+    assert time.monotonic() - start < 2
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("open_s", "read_s"), [(0.5, 30), (30, 0.5)], ids=["open", "read"])
+def test_a_server_that_never_answers_ends_in_time(open_s, read_s):
+    start = time.monotonic()
+    with silent_server() as port, pytest.raises(SourceError, match="got no answer in time from"):
+        open_source(f"rtsp://127.0.0.1:{port}/s1", open_timeout_s=open_s, read_timeout_s=read_s)
+    assert 0.3 < time.monotonic() - start < 5
+
+
+def test_the_program_says_so_in_one_line(bundle_folder, tmp_path):
+    url = f"rtsp://admin:hunter2@127.0.0.1:{free_port()}/s1"
+    command = [sys.executable, "-m", "psdiff", "run", url, "--bundle", bundle_folder]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: source must be a camera that answers")
+    assert result.stderr.count("\n") == 1
+    assert "hunter2" not in result.stderr + result.stdout
+
+
+def test_the_program_reads_a_camera(serve, camera_file, bundle_folder, tmp_path):
+    url, _ = serve(camera_file, options=["--login", "admin:hunter2"])
+    url = url.replace("//", "//admin:hunter2@") + "/gate"
+    command = [
+        sys.executable,
+        "-m",
+        "psdiff",
+        "run",
+        url,
+        "--bundle",
+        bundle_folder,
+        "--json",
+        "--save-video",
+    ]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["sources"][0]["frames_decoded"] == 45
+    written = b"".join(path.read_bytes() for path in (tmp_path / "psdiff-out").iterdir())
+    assert b"hunter2" not in written + result.stdout.encode() + result.stderr.encode()
