@@ -118,8 +118,11 @@ def evaluate(
     clips: Annotated[Path, typer.Option(help="Folder of the clips; drawn at the first use.")] = Path(
         "psdiff-evaluation"
     ),
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Choose the thresholds first, on streets of their own.")
+    ] = False,
     record: Annotated[
-        bool, typer.Option("--record", help="Write the scores into the bundle's manifest.")
+        bool, typer.Option("--record", help="Write scores and thresholds into the bundle's manifest.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
@@ -127,7 +130,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from .bundle import load_manifest
+    from .bundle import load_manifest, write_manifest
     from .runtime.detector import detector_of, shipped_bundle
     from .training import evaluate as evaluation
 
@@ -140,23 +143,35 @@ def evaluate(
             detector.detect([], count)
     settings = evaluation.EvaluationSet(streets=streets)
     with Progress(console=Console(stderr=True)) as bars:
-        total = round(settings.duration_s * settings.clip_fps) * 2 * streets
-        drawing = bars.add_task("drawing clips", total=total)
-        paths = evaluation.render_evaluation_set(settings, clips, lambda: bars.advance(drawing))
-        bars.update(drawing, completed=total)
-        images = evaluation.load_evaluation_set(settings, paths)
+
+        def images_of(chosen: evaluation.EvaluationSet, name: str) -> list[evaluation.LabelledImage]:
+            task = bars.add_task(f"drawing clips for {name}", total=chosen.num_frames)
+            paths = evaluation.render_evaluation_set(chosen, clips, lambda: bars.advance(task))
+            bars.update(task, completed=chosen.num_frames)
+            return evaluation.load_evaluation_set(chosen, paths)
+
+        if calibrate:
+            chosen = evaluation.EvaluationSet(streets=4, seed=evaluation.CALIBRATION_SEED)
+            found = evaluation.calibrate(detector, images_of(chosen, "calibration"), manifest.default_steps)
+            update = {"score_threshold": round(found.score, 3), "match_threshold": round(found.match, 3)}
+            manifest = manifest.model_copy(update=update)
+        images = images_of(settings, "evaluation")
         scores = []
         for count in wanted:
             task = bars.add_task(f"K = {count}", total=len(images))
             scores.append(evaluation.evaluate(detector, images, count, lambda task=task: bars.advance(task)))
     if record:
-        evaluation.record_scores(folder, manifest, scores, settings)
+        measurements = evaluation.with_scores(manifest.measurements, scores, settings)
+        manifest = manifest.model_copy(update={"measurements": measurements})
+        write_manifest(folder, manifest)
     if as_json:
-        typer.echo(
-            json.dumps({"dataset": settings.description(), "scores": [asdict(s) for s in scores]}, indent=2)
-        )
-    else:
-        Console().print(evaluation.scores_table(scores, settings))
+        result = {"dataset": settings.description(), "scores": [asdict(row) for row in scores]}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    Console().print(evaluation.scores_table(scores, settings))
+    typer.echo(
+        f"score threshold {manifest.score_threshold:.3f}, match threshold {manifest.match_threshold:.3f}"
+    )
 
 
 @app.command()

@@ -22,11 +22,9 @@ from torch.export import Dim
 
 from ..kernels.reference import CANONICAL_LEVEL, FINEST_LEVEL
 from ..models.person_search import PSDiff
-from ..models.sampling import StepOutput
+from ..models.sampling import BACKBONE_INPUTS, FEATURES, STEP_INPUTS, StepOutput
 
 OPSET = 20
-FEATURES = ("p2", "p3", "p4", "p5")
-STEP_INPUTS = (*FEATURES, "boxes_t", "emb_t", "t", "t_next")
 
 # Smaller tensors (biases, norms, tables of the schedule) stay float32: they weigh nothing, and the schedule
 # near t = T does not survive half precision.
@@ -57,7 +55,7 @@ class _DenoiseStep(nn.Module):
 def write_backbone(model: PSDiff, path: Path) -> None:
     """Image u8 [B,H,W,3] -> p2..p5 [B,C,H/s,W/s]; B is dynamic."""
     images = torch.zeros(2, model.config.height, model.config.width, 3, dtype=torch.uint8)
-    _export(model.backbone, (images,), path, ("image",), FEATURES, ({0: Dim("batch")},))
+    _export(model.backbone, (images,), path, BACKBONE_INPUTS, FEATURES, ({0: Dim("batch")},))
 
 
 def write_denoise_step(model: PSDiff, path: Path) -> None:

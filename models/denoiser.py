@@ -129,12 +129,24 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
         """(M, L, C) queries, (M, P, C) tokens -> (M, L, C)."""
-        key, value = self.key_value(tokens).chunk(2, dim=-1)
-        attended = F.scaled_dot_product_attention(*map(self._split, (self.query(queries), key, value)))
-        return self.norm(queries + self.out(attended.transpose(1, 2).flatten(2)))
+        weights, biases = self.key_value.weight.chunk(2), self.key_value.bias.chunk(2)
+        key, value = (_tokenwise(tokens, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        query = _tokenwise(queries, self.query.weight, self.query.bias)
+        attended = F.scaled_dot_product_attention(*map(self._split, (query, key, value)))
+        merged = attended.transpose(1, 2).flatten(2)
+        return self.norm(queries + _tokenwise(merged, self.out.weight, self.out.bias))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _tokenwise(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a linear layer to (M, L, C) tokens as one (M*L, C) matrix.
+
+    The same numbers; but a graph gets one Gemm with its bias instead of a batched product and an addition, and
+    keys and values as two products instead of one that is then split: a quarter of a step on a CPU.
+    """
+    return F.linear(tokens.flatten(0, 1), weight, bias).unflatten(0, tokens.shape[:2])
 
 
 class SelfAttention(nn.Module):
@@ -192,7 +204,8 @@ class DynamicConv(nn.Module):
         # The mean forgets where in the box the person stands, so it is kept as an ablation only.
         if self.reduction == "mean":
             return tokens.mean(1)
-        tokens = self.squeeze(tokens) if self.reduction == "squeeze" else tokens
+        if self.reduction == "squeeze":
+            tokens = _tokenwise(tokens, self.squeeze.weight, self.squeeze.bias)
         return self.reduce(tokens.flatten(1))
 
 

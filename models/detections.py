@@ -38,6 +38,15 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def similarity(self, query: Float32Array) -> Float32Array:
+        """(n,) by which to rank: cosine to the query's embedding (E,), times the detection score.
+
+        A doubtful detection can lie anywhere in the embedding space; the score keeps it from coming out on
+        top. Source: confidence-weighted similarity, Chen et al., Norm-Aware Embedding for Efficient Person
+        Search (CVPR 2020).
+        """
+        return self.embeddings @ query * self.scores
+
 
 def select_detections(
     boxes_xyxy: Float32Array,

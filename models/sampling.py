@@ -19,6 +19,11 @@ from .preprocess import Frame, Letterbox, check_frame, seeded_noise
 
 Features = Sequence[NDArray[np.floating]]
 
+# The tensor names of a bundle's graphs; the outputs of a step are the fields of StepOutput.
+BACKBONE_INPUTS: tuple[str, ...] = ("image",)
+FEATURES: tuple[str, ...] = ("p2", "p3", "p4", "p5")
+STEP_INPUTS: tuple[str, ...] = (*FEATURES, "boxes_t", "emb_t", "t", "t_next")
+
 # One query box is described by this many proposals with independent noise, averaged.
 PROPOSALS_PER_QUERY = 8
 

@@ -12,13 +12,17 @@ from numpy.typing import NDArray
 
 from ..bundle import BACKBONE, DENOISE_STEP, BundleError, Manifest, load_manifest
 from ..models.detections import Float32Array
-from ..models.sampling import Detector, Features, SamplerSettings, StepOutput
+from ..models.sampling import (
+    BACKBONE_INPUTS,
+    FEATURES,
+    STEP_INPUTS,
+    Detector,
+    Features,
+    SamplerSettings,
+    StepOutput,
+)
 
 BACKENDS = ("onnxruntime",)
-
-FEATURES = ("p2", "p3", "p4", "p5")
-BACKBONE_INPUTS = ("image",)
-STEP_INPUTS: tuple[str, ...] = (*FEATURES, "boxes_t", "emb_t", "t", "t_next")
 
 
 def shipped_bundle() -> Path:

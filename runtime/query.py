@@ -57,6 +57,11 @@ class Hit:
     """Whether cos reaches the match threshold."""
     crop: Picture = field(repr=False)
 
+    @property
+    def similarity(self) -> float:
+        """By which hits are ranked; see models.detections.Detections.similarity."""
+        return self.cos * self.score
+
 
 def load_query(detector: Detector, image: Path, box: Box | None = None, steps: int = 4) -> Query:
     """Read the query image and describe the person in it: the one in the box, else the best detection.
@@ -110,22 +115,22 @@ class BestHits:
         """Keep the hit if it is one of the best of its camera and the best of its passage."""
         kept = self._hits.setdefault(hit.camera, [])
         passage = [other for other in kept if _same_passage(hit, other)]
-        if any(other.cos >= hit.cos for other in passage):
+        if any(other.similarity >= hit.similarity for other in passage):
             return
         rest = [other for other in kept if other not in passage]
-        self._hits[hit.camera] = sorted([*rest, hit], key=_by_cosine)[: self._per_camera]
+        self._hits[hit.camera] = sorted([*rest, hit], key=_by_similarity)[: self._per_camera]
 
     def ranked(self, most: int | None = None) -> list[Hit]:
         """Return the hits of all cameras, best first."""
-        return sorted((hit for hits in self._hits.values() for hit in hits), key=_by_cosine)[:most]
+        return sorted((hit for hits in self._hits.values() for hit in hits), key=_by_similarity)[:most]
 
     def best_of(self, camera: str) -> Hit | None:
         """Return the best hit of one camera."""
         return next(iter(self._hits.get(camera, [])), None)
 
 
-def _by_cosine(hit: Hit) -> float:
-    return -hit.cos
+def _by_similarity(hit: Hit) -> float:
+    return -hit.similarity
 
 
 def _same_passage(a: Hit, b: Hit) -> bool:

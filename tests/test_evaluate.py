@@ -8,6 +8,7 @@ from psdiff.training.evaluate import (
     LabelledImage,
     assigned_pids,
     average_precision,
+    best_f1_threshold,
     best_views,
     box_iou,
     load_evaluation_set,
@@ -59,6 +60,12 @@ def test_average_precision_over_101_points():
     ap50, recall = average_precision(scores, hits, 3)
     assert recall == pytest.approx(2 / 3)
     assert ap50 == pytest.approx((34 * 1.0 + 33 * 2 / 3) / 101)
+
+
+def test_the_best_threshold_is_the_lowest_value_still_called_true():
+    values, is_true = np.array([0.9, 0.3, 0.8, 0.2, 0.7]), np.array([True, False, True, True, False])
+    # From 0.8 on: 2 right of 2, 2 of 3 found, F1 0.8. Down to 0.2: 3 right of 5, 3 of 3 found, F1 0.75.
+    assert best_f1_threshold(values, is_true, 3) == pytest.approx(0.8)
 
 
 def test_the_query_is_the_largest_view_among_those_that_show_the_person_well():

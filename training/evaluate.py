@@ -10,7 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from ..bundle import Manifest, Measurement, write_manifest
+from ..bundle import Measurement
 from ..models.detections import Detections
 from ..models.sampling import Detector
 from .synthetic.clips import read_truth, truth_path, write_clip
@@ -28,6 +28,12 @@ IOU_THRESHOLD = 0.5
 
 # A query must show the person well, as an operator would choose it.
 QUERY_VISIBILITY = 0.8
+
+# Average precision needs the doubtful detections too, which the operating threshold would hide.
+LOWEST_SCORE = 0.05
+
+# Thresholds are chosen on other streets than those that are scored.
+CALIBRATION_SEED = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,11 @@ class EvaluationSet:
     every: int = 5
     """Every how many frames of a clip one is evaluated."""
     seed: int = 1_000_000
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of all clips together."""
+        return round(self.duration_s * self.clip_fps) * 2 * self.streets
 
     def description(self) -> str:
         """One line for tables and manifests."""
@@ -60,6 +71,16 @@ class LabelledImage:
     boxes_xyxy: NDArray[np.float32]
     pids: NDArray[np.int64]
     visibility: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where a detector decides best: the F1 optima on a calibration set."""
+
+    score: float
+    """Detection score from which a box counts as a person."""
+    match: float
+    """Cosine from which a detection counts as the person asked for."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +106,8 @@ def render_evaluation_set(
             settings.seed + number, num_people=settings.people, duration_s=settings.duration_s, cameras=2
         )
         for camera in range(2):
-            path = folder / f"street{number:02d}-camera{camera}.mp4"
+            name = f"street{street.seed}-{settings.people}people-{settings.duration_s:g}s-camera{camera}.mp4"
+            path = folder / name
             if not path.is_file():
                 write_clip(
                     street,
@@ -126,12 +148,9 @@ def evaluate(
     on_frame: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Score a detector at K = steps. Milliseconds are wall-clock per frame, one frame at a time."""
-    found, seconds = [], 0.0
-    for i, labelled in enumerate(images):
-        began = time.perf_counter()
-        found += detector.detect([labelled.image], steps, seeds=[i])
-        seconds += time.perf_counter() - began
-        on_frame()
+    began = time.perf_counter()
+    found = find_people(detector, images, steps, on_frame)
+    ms_per_frame = 1000 * (time.perf_counter() - began) / max(len(images), 1)
     pids = [assigned_pids(people, labelled) for people, labelled in zip(found, images, strict=True)]
     ap50, recall = average_precision(
         [people.scores for people in found],
@@ -139,7 +158,50 @@ def evaluate(
         sum(len(labelled.pids) for labelled in images),
     )
     hits = search_hits(detector, images, found, pids, steps)
-    return Scores(steps, ap50, recall, float(np.mean(hits)), len(hits), 1000 * seconds / max(len(images), 1))
+    return Scores(steps, ap50, recall, float(np.mean(hits)), len(hits), ms_per_frame)
+
+
+def find_people(
+    detector: Detector,
+    images: Sequence[LabelledImage],
+    steps: int,
+    on_frame: Callable[[], None] = lambda: None,
+) -> list[Detections]:
+    """Everything a detector finds from LOWEST_SCORE on, one frame at a time."""
+    eager = Detector(detector.engine, replace(detector.settings, score_threshold=LOWEST_SCORE))
+    found = []
+    for i, labelled in enumerate(images):
+        found += eager.detect([labelled.image], steps, seeds=[i])
+        on_frame()
+    return found
+
+
+def calibrate(detector: Detector, images: Sequence[LabelledImage], steps: int) -> Thresholds:
+    """Choose the thresholds on labelled images; a match is judged among true detections of cameras 1."""
+    found = find_people(detector, images, steps)
+    pids = [assigned_pids(people, labelled) for people, labelled in zip(found, images, strict=True)]
+    num_people = sum(len(labelled.pids) for labelled in images)
+    is_person = np.concatenate([assigned >= 0 for assigned in pids])
+    score = best_f1_threshold(np.concatenate([people.scores for people in found]), is_person, num_people)
+    gallery = [i for i, labelled in enumerate(images) if labelled.camera == 1]
+    embeddings = np.concatenate([found[i].embeddings[pids[i] >= 0] for i in gallery])
+    owners = np.concatenate([pids[i][pids[i] >= 0] for i in gallery])
+    views = best_views(images)
+    queries = [
+        detector.embed(labelled.image, labelled.boxes_xyxy[row : row + 1], steps)[0]
+        for labelled, row in views.values()
+    ]
+    cosines = np.stack([embeddings @ query for query in queries])
+    same = np.array(list(views))[:, None] == owners[None]
+    return Thresholds(score, best_f1_threshold(cosines.ravel(), same.ravel(), int(same.sum())))
+
+
+def best_f1_threshold(values: NDArray[np.floating], is_true: NDArray[np.bool_], num_true: int) -> float:
+    """The value from which calling everything true has the best F1; num_true counts what was never found too."""
+    order = np.argsort(-values)
+    found = np.cumsum(is_true[order])
+    f1 = 2 * found / (np.arange(1, len(order) + 1) + num_true)
+    return float(values[order][int(f1.argmax())])
 
 
 def assigned_pids(people: Detections, labelled: LabelledImage) -> NDArray[np.int64]:
@@ -194,14 +256,14 @@ def search_hits(
     detector found by itself.
     """
     gallery = [i for i, labelled in enumerate(images) if labelled.camera == 1]
-    embeddings = np.concatenate([found[i].embeddings for i in gallery])
     owners = np.concatenate([pids[i] for i in gallery])
     present = {int(pid) for i in gallery for pid in images[i].pids}
     hits = []
     for pid, (labelled, row) in best_views(images).items():
         if pid in present:
             query = detector.embed(labelled.image, labelled.boxes_xyxy[row : row + 1], steps)[0]
-            hits.append(bool(len(owners)) and bool(owners[int((embeddings @ query).argmax())] == pid))
+            similarity = np.concatenate([found[i].similarity(query) for i in gallery])
+            hits.append(len(owners) > 0 and bool(owners[int(similarity.argmax())] == pid))
     return hits
 
 
@@ -230,10 +292,10 @@ def scores_table(scores: Sequence[Scores], settings: EvaluationSet) -> Table:
     return table
 
 
-def record_scores(
-    folder: Path, manifest: Manifest, scores: Sequence[Scores], settings: EvaluationSet
-) -> None:
-    """Write the scores into a bundle's manifest, in the place of what it held for the same K and data set."""
+def with_scores(
+    measurements: Sequence[Measurement], scores: Sequence[Scores], settings: EvaluationSet
+) -> list[Measurement]:
+    """A manifest's measurements with these scores in the place of older ones for the same K and data set."""
     new = [
         Measurement(
             steps=row.steps,
@@ -247,5 +309,4 @@ def record_scores(
         for row in scores
     ]
     replaced = {(row.steps, row.dataset) for row in new}
-    kept = [row for row in manifest.measurements if (row.steps, row.dataset) not in replaced]
-    write_manifest(folder, manifest.model_copy(update={"measurements": kept + new}))
+    return [row for row in measurements if (row.steps, row.dataset) not in replaced] + new
