@@ -59,13 +59,27 @@ def select_detections(
     """Filter the N proposals of one frame by score, then by non-maximum suppression.
 
     boxes_xyxy: (N, 4) frame pixels, already clipped to the frame. scores: (N,). embeddings: (N, E).
-    A box is suppressed when its IoU with a better one is > nms_iou (strictly).
+    A box is suppressed when its IoU with a better one is > nms_iou (strictly). What is suppressed still
+    votes: the embedding of a person is the score-weighted mean over all proposals on that person, since they
+    saw the same pixels through different noise.
     """
     # A box clipped to nothing lies outside the frame; it is no detection whatever its score.
     inside = (boxes_xyxy[:, 2] > boxes_xyxy[:, 0]) & (boxes_xyxy[:, 3] > boxes_xyxy[:, 1])
     candidates = np.flatnonzero(inside & (scores >= score_threshold))
     kept = candidates[non_maximum_suppression(boxes_xyxy[candidates], scores[candidates], nms_iou)]
-    return Detections(boxes_xyxy[kept], scores[kept], embeddings[kept])
+    votes = (box_iou(boxes_xyxy[kept], boxes_xyxy) > nms_iou) * scores
+    votes[np.arange(len(kept)), kept] = scores[kept]
+    mean = votes @ embeddings
+    mean = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+    return Detections(boxes_xyxy[kept], scores[kept], mean.astype(np.float32))
+
+
+def box_iou(a: Float32Array, b: Float32Array) -> Float32Array:
+    """(n, 4) and (M, 4) xyxy -> (n, M) intersection over union."""
+    overlap = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    intersection = overlap.clip(min=0).prod(-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b)]
+    return intersection / np.maximum(areas[0][:, None] + areas[1][None] - intersection, 1e-9)
 
 
 def non_maximum_suppression(

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from psdiff.models.detections import Detections
+from psdiff.models.detections import Detections, box_iou
 from psdiff.training.evaluate import (
     EvaluationSet,
     LabelledImage,
@@ -10,7 +10,6 @@ from psdiff.training.evaluate import (
     average_precision,
     best_f1_threshold,
     best_views,
-    box_iou,
     load_evaluation_set,
     render_evaluation_set,
     search_hits,

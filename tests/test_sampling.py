@@ -178,6 +178,17 @@ def test_boxes_clipped_to_nothing_are_no_detections():
     assert found.scores.tolist() == pytest.approx([0.4])
 
 
+def test_suppressed_proposals_vote_on_the_embedding_by_score():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]], np.float32)
+    scores = np.array([0.9, 0.3, 0.6], np.float32)
+    embeddings = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32)
+    found = select_detections(boxes, scores, embeddings, score_threshold=0.5, nms_iou=0.5)
+    wanted = np.array([[0.9, 0.3, 0], [0, 0, 0.6]])
+    np.testing.assert_allclose(
+        found.embeddings, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6
+    )
+
+
 def test_an_empty_frame_gives_no_detections():
     none = np.zeros(0, np.float32)
     found = select_detections(none.reshape(0, 4), none, none.reshape(0, 4), score_threshold=0.5, nms_iou=0.5)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from ..bundle import Measurement
-from ..models.detections import Detections
+from ..models.detections import Detections, box_iou
 from ..models.sampling import Detector
 from .synthetic.clips import read_truth, truth_path, write_clip
 from .synthetic.street import Street
@@ -218,14 +218,6 @@ def assigned_pids(people: Detections, labelled: LabelledImage) -> NDArray[np.int
             best = int(candidates.argmax())
             assigned[i], free[best] = labelled.pids[best], False
     return assigned
-
-
-def box_iou(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(n, 4) and (M, 4) xyxy -> (n, M) intersection over union."""
-    overlap = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    intersection = overlap.clip(min=0).prod(-1)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(-1) for boxes in (a, b)]
-    return intersection / np.maximum(areas[0][:, None] + areas[1][None] - intersection, 1e-9)
 
 
 def average_precision(

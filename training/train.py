@@ -291,5 +291,11 @@ class _Trainer:
             file.write(json.dumps(entry) + "\n")
 
     def _stage_notes(self, iterations: int, seconds: float) -> dict[str, Any]:
-        canvas = {"width": self.stage.width, "height": self.stage.height, "batch_size": self.stage.batch_size}
-        return {**canvas, "iterations": iterations, "minutes": round(seconds / 60, 1)}
+        return {
+            "width": self.stage.width,
+            "height": self.stage.height,
+            "batch_size": self.stage.batch_size,
+            "processes": _world_size(),
+            "iterations": iterations,
+            "minutes": round(seconds / 60, 1),
+        }
