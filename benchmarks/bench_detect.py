@@ -95,14 +95,14 @@ def stage_times(
     """Median milliseconds of each stage and of the whole `detect` call, one frame at a time."""
     letterbox = Letterbox(frame.shape[1], frame.shape[0], settings.width, settings.height)
     image = letterbox.image(frame)[None]
-    start = [part[None] for part in seeded_noise(0, settings.num_proposals, settings.embedding_dim)]
+    boxes_t, emb_t = seeded_noise(0, settings.num_proposals, settings.embedding_dim)
     features = engine.backbone(image)
     grid = settings.timesteps[steps]
     detector = Detector(engine, settings)
     calls: dict[str, Callable[[], object]] = {
         "preprocess_ms": lambda: letterbox.image(frame),
         "backbone_ms": lambda: engine.backbone(image),
-        "steps_ms": lambda: denoise(engine, features, *start, grid),
+        "steps_ms": lambda: denoise(engine, features, boxes_t[None], emb_t[None], grid),
         "total_ms": lambda: detector.detect([frame], steps),
     }
     times = {name: median_ms(call, repeats) for name, call in calls.items()}

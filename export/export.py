@@ -78,7 +78,11 @@ def _write_files(model: PSDiff, folder: Path, on_step: Callable[[str], None]) ->
     on_step(f"writing {WEIGHTS}")
     save_weights(model, folder / WEIGHTS)
     on_step(f"computing {REFERENCE}")
-    np.savez_compressed(folder / REFERENCE, **reference_outputs(model))
+    _save_arrays(folder / REFERENCE, reference_outputs(model))
+
+
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    np.savez_compressed(path, **arrays)
 
 
 def save_weights(model: PSDiff, path: Path) -> None:

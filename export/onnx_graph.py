@@ -15,8 +15,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from onnxscript import FLOAT, INT64
-from onnxscript import opset20 as op
+from onnxscript import FLOAT, INT64, opset20
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -25,6 +24,9 @@ from ..models.person_search import PSDiff
 from ..models.sampling import BACKBONE_INPUTS, FEATURES, STEP_INPUTS, StepOutput
 
 OPSET = 20
+
+# The stubs of onnxscript know neither lists as axes nor the results of their own operators.
+op: Any = opset20
 
 # Smaller tensors (biases, norms, tables of the schedule) stay float32: they weigh nothing, and the schedule
 # near t = T does not survive half precision.

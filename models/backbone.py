@@ -98,7 +98,7 @@ def initial_weights(name: str, source: str) -> InitialWeights:
         raise ValueError(f"backbone weights must be imagenet or the path of a .pth file, got {source}")
     state_dict = torch.load(source, map_location="cpu", weights_only=True)
     if len(state_dict["classifier.1.weight" if name == "mobilenet_v2" else "fc.weight"]) == 1001:
-        return InitialWeights(state_dict, (127.5,) * 3, (127.5,) * 3)
+        return InitialWeights(state_dict, (127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
     defaults = TORCHVISION_WEIGHTS[name].transforms()
     mean, std = ([255 * value for value in part] for part in (defaults.mean, defaults.std))
     return InitialWeights(state_dict, _triple(mean), _triple(std))

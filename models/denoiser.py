@@ -132,7 +132,8 @@ class Attention(nn.Module):
         weights, biases = self.key_value.weight.chunk(2), self.key_value.bias.chunk(2)
         key, value = (_tokenwise(tokens, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         query = _tokenwise(queries, self.query.weight, self.query.bias)
-        attended = F.scaled_dot_product_attention(*map(self._split, (query, key, value)))
+        query, key, value = (self._split(part) for part in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value)
         merged = attended.transpose(1, 2).flatten(2)
         return self.norm(queries + _tokenwise(merged, self.out.weight, self.out.bias))
 

@@ -46,12 +46,11 @@ class PSDiff(nn.Module):
         images: (B, H, W, 3) uint8 RGB. boxes_t: (B, N, 4) and emb_t: (B, N, E) at grid[0], signal space.
         """
         features = self.backbone(images)
-        outputs: tuple[Tensor, ...] = ()
+        boxes_xyxy, scores, embeddings = boxes_t, boxes_t[..., 0], emb_t
         for t, t_next in zip(grid, [*grid[1:], -1], strict=True):
             times = (torch.full((len(images),), value, device=images.device) for value in (t, t_next))
-            outputs = self.denoise_step(features, boxes_t, emb_t, *times)
-            boxes_t, emb_t = outputs[:2]
-        boxes_xyxy, scores, embeddings = outputs[2:]
+            step = self.denoise_step(features, boxes_t, emb_t, *times)
+            boxes_t, emb_t, boxes_xyxy, scores, embeddings = step
         return boxes_xyxy, scores, embeddings
 
     def denoise_step(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from .detections import Detections, Float32Array, select_detections
 from .preprocess import Frame, Letterbox, check_frame, seeded_noise
 
-Features = Sequence[NDArray[np.floating]]
+# In whatever form the engine likes: arrays, tensors on a device, handles.
+Features = Sequence[Any]
 
 # The tensor names of a bundle's graphs; the outputs of a step are the fields of StepOutput.
 BACKBONE_INPUTS: tuple[str, ...] = ("image",)

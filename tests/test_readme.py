@@ -7,6 +7,8 @@ import psdiff
 import pytest
 import typer
 from psdiff.__main__ import app
+from psdiff.bundle import load_manifest
+from psdiff.runtime.detector import shipped_bundle
 
 ROOT = Path(psdiff.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,3 +49,13 @@ def test_psdiff_commands_and_their_options_exist(line):
     assert command in COMMANDS, f"psdiff must have the command {command}"
     known = {option for parameter in COMMANDS[command].params for option in parameter.opts} | {"--help"}
     assert set(re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)) <= known
+
+
+def test_the_scores_in_the_readme_are_those_of_the_shipped_bundle():
+    folder = shipped_bundle()
+    if not folder.is_dir():
+        pytest.skip(f"the shipped bundle is missing: {folder}")
+    measured = load_manifest(folder).measurements
+    assert measured
+    for row in measured:
+        assert f"| {row.steps} | {row.ap50:.3f} | {row.top1:.3f} |" in README

@@ -134,7 +134,7 @@ def _labelled(settings: EvaluationSet, path: Path, street: int, camera: int) -> 
                 yield LabelledImage(
                     street,
                     camera,
-                    frame.to_ndarray(format="rgb24"),
+                    np.asarray(frame.to_ndarray(format="rgb24"), np.uint8),
                     np.asarray(labels.boxes_xyxy, np.float32).reshape(-1, 4),
                     np.asarray(labels.pids, np.int64) + street * settings.people,
                     np.asarray(labels.visibility, np.float32),

@@ -162,6 +162,7 @@ class _Trainer:
     def run(self, number: int, frames_read: int, on_progress: Callable[[Progress], None]) -> int:
         """Train to the end of the stage; returns how many frames of the run were drawn so far."""
         began = saved = time.monotonic()
+        iteration = 0
         for iteration, batch in enumerate(self._batches(frames_read)):
             share = self._agreed(self._share(iteration, (time.monotonic() - began) / 60))
             if share >= 1:
