@@ -11,7 +11,6 @@ import psdiff
 import pytest
 
 ROOT = Path(psdiff.__file__).parent
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 # Part -> what it may import besides itself. The longest part that fits a module counts.
 ALLOWED = {
@@ -36,6 +35,17 @@ LARGEST, LARGE_WITHOUT_REASON = 500, 350
 BANNED = {"util", "utils", "misc", "helper", "helpers", "common", "base", "manager", "handler", "processor"}
 # Import names that differ from the name of the distribution, and libraries that may come.
 LIBRARIES = {"cv2", "PIL", "yaml", "ulid", "tensorrt", "triton", "faiss", "openvino", "timm", "tritonclient"}
+
+
+def dependencies():
+    """Import names of the base and the optional dependencies, where they are those of the distribution."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.split(r"[^\w-]", requirement)[0] for group in groups for requirement in group}
+    return {name.replace("-", "_") for name in names} - {"psdiff"}
+
+
+DEPENDENCIES = dependencies()
 
 
 def source_files(folder):
@@ -153,10 +163,7 @@ def test_names_say_something_and_shadow_nothing(path):
         if isinstance(node, ast.ClassDef):
             words = re.findall(r"[A-Z]+[a-z0-9]*|[a-z0-9]+", node.name)
             assert not {word.lower() for word in words} & BANNED, node.name
-    project = PYPROJECT["project"]
-    requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    installed = {re.split(r"[^\w-]", text)[0].replace("-", "_") for text in requirements} - {"psdiff"}
-    assert path.stem not in sys.stdlib_module_names | installed | LIBRARIES
+    assert path.stem not in sys.stdlib_module_names | DEPENDENCIES | LIBRARIES
 
 
 @pytest.mark.parametrize("path", [path for path in PACKAGE if path.stem == "__init__"], ids=str)
