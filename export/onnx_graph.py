@@ -89,7 +89,8 @@ def _export(
     with warnings.catch_warnings():
         # The exporter warns of its own deprecated calls; nothing a user could act on.
         warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        for name in ("torch.onnx", "onnxscript"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         program = torch.onnx.export(
             module.eval(),
             inputs,
