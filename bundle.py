@@ -64,6 +64,9 @@ class Manifest(BaseModel):
     """K -> the K descending timesteps of its DDIM grid."""
     default_steps: int = 4
     score_threshold: float = Field(ge=0, le=1)
+    """Detection score from which a box counts as a person."""
+    score_thresholds: dict[int, float] = {}
+    """The same by K, where it was calibrated: scores rise with the number of steps."""
     nms_iou: float = Field(gt=0, le=1)
     match_threshold: float = Field(ge=-1, le=1)
     """Cosine from which a detection counts as the person asked for."""

@@ -152,8 +152,14 @@ def evaluate(
 
         if calibrate:
             chosen = evaluation.EvaluationSet(streets=4, seed=evaluation.CALIBRATION_SEED)
-            found = evaluation.calibrate(detector, images_of(chosen, "calibration"), manifest.default_steps)
-            update = {"score_threshold": round(found.score, 3), "match_threshold": round(found.match, 3)}
+            calibration = images_of(chosen, "calibration")
+            found = {count: evaluation.calibrate(detector, calibration, count) for count in wanted}
+            usual = found.get(manifest.default_steps) or found[max(found)]
+            update = {
+                "score_threshold": round(usual.score, 3),
+                "score_thresholds": {count: round(best.score, 3) for count, best in found.items()},
+                "match_threshold": round(usual.match, 3),
+            }
             manifest = manifest.model_copy(update=update)
         images = images_of(settings, "evaluation")
         scores = []
@@ -169,8 +175,9 @@ def evaluate(
         typer.echo(json.dumps(result, indent=2))
         return
     Console().print(evaluation.scores_table(scores, settings))
+    by_steps = ", ".join(f"{value:.3f} at K = {count}" for count, value in manifest.score_thresholds.items())
     typer.echo(
-        f"score threshold {manifest.score_threshold:.3f}, match threshold {manifest.match_threshold:.3f}"
+        f"score threshold {by_steps or manifest.score_threshold}; match threshold {manifest.match_threshold}"
     )
 
 

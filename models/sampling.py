@@ -8,7 +8,7 @@ Legend: B images, H, W canvas, N proposals, E embedding dimension, K steps, n bo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -76,6 +76,13 @@ class SamplerSettings:
     """K -> the K descending timesteps it visits; the step after the last goes to -1 (no noise)."""
     score_threshold: float = 0.05
     nms_iou: float = 0.5
+    score_thresholds: Mapping[int, float] = field(default_factory=dict)
+    """Calibrated thresholds by K; a K between two of them takes that of the smaller one."""
+
+    def threshold(self, steps: int) -> float:
+        """The score from which a box counts as a person after K = steps."""
+        known = [k for k in self.score_thresholds if k <= steps]
+        return self.score_thresholds[max(known)] if known else self.score_threshold
 
 
 class Detector:
@@ -107,7 +114,8 @@ class Detector:
         boxes_t, emb_t = (np.stack(part) for part in zip(*noise, strict=True))
         features = self.engine.backbone(images)
         output = denoise(self.engine, features, boxes_t, emb_t, grid)
-        return [self._select(output, i, letterbox) for i, letterbox in enumerate(letterboxes)]
+        threshold = self.settings.threshold(steps)
+        return [self._select(output, i, letterbox, threshold) for i, letterbox in enumerate(letterboxes)]
 
     def embed(
         self, frame: Frame, boxes_xyxy: NDArray[np.floating], steps: int = 4, seed: int = 0
@@ -129,12 +137,12 @@ class Detector:
         mean = output.embeddings[0].reshape(len(boxes), PROPOSALS_PER_QUERY, -1).mean(axis=1)
         return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
 
-    def _select(self, output: StepOutput, image: int, letterbox: Letterbox) -> Detections:
+    def _select(self, output: StepOutput, image: int, letterbox: Letterbox, threshold: float) -> Detections:
         return select_detections(
             letterbox.boxes_to_frame(output.boxes_xyxy[image]),
             output.scores[image],
             output.embeddings[image],
-            score_threshold=self.settings.score_threshold,
+            score_threshold=threshold,
             nms_iou=self.settings.nms_iou,
         )
 

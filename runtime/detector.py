@@ -60,6 +60,7 @@ def detector_of(
         timesteps=manifest.timesteps,
         score_threshold=manifest.score_threshold,
         nms_iou=manifest.nms_iou,
+        score_thresholds=manifest.score_thresholds,
     )
     return Detector(OnnxEngine(folder, threads), settings)
 

@@ -205,4 +205,5 @@ def test_running_needs_no_torch(tmp_path):
 
 def test_the_shipped_bundle_runs_without_options(shipped, video, tmp_path):
     process = start(tmp_path, video, "--steps", "1")
-    assert process.wait(timeout=120) == 0, process.communicate()[1]
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors or output

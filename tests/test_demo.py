@@ -202,7 +202,7 @@ def test_the_demo_needs_no_torch(bundle_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_runs_with_the_shipped_bundle(shipped, tmp_path):
-    *printed, torch_loaded = run_apart(tmp_path / "out", shipped, 3.0)
+    *printed, torch_loaded = run_apart(tmp_path / "out", shipped, 1.5)
     assert torch_loaded == "False"
     assert "in camera 2" in printed[-1]
-    check_files(tmp_path / "out", num_frames=30)
+    check_files(tmp_path / "out", num_frames=15)

@@ -168,7 +168,9 @@ def find_people(
     on_frame: Callable[[], None] = lambda: None,
 ) -> list[Detections]:
     """Everything a detector finds from LOWEST_SCORE on, one frame at a time."""
-    eager = Detector(detector.engine, replace(detector.settings, score_threshold=LOWEST_SCORE))
+    eager = Detector(
+        detector.engine, replace(detector.settings, score_threshold=LOWEST_SCORE, score_thresholds={})
+    )
     found = []
     for i, labelled in enumerate(images):
         found += eager.detect([labelled.image], steps, seeds=[i])
