@@ -53,7 +53,7 @@ train-demo: $(DEV)  ## train, export and score the shipped model again (hours on
 	$(BIN)/torchrun --nproc-per-node $(RANKS) -m psdiff train --recipe $(RECIPE) \
 		--backbone-weights $(BACKBONE_WEIGHTS) --out $(TRAIN_OUT)
 	$(BIN)/psdiff export $(TRAIN_OUT)/model.safetensors $(TRAIN_OUT)/psdiff_mobile
-	$(BIN)/psdiff evaluate $(TRAIN_OUT)/psdiff_mobile --record
+	$(BIN)/psdiff evaluate $(TRAIN_OUT)/psdiff_mobile --calibrate --record
 
 clean:  ## remove caches, build output and what the demo wrote; .venv stays
 	rm -rf build *.egg-info .pytest_cache .ruff_cache $(DEMO_OUT)

@@ -63,8 +63,8 @@ def select_detections(
     votes: the embedding of a person is the score-weighted mean over all proposals on that person, since they
     saw the same pixels through different noise.
     """
-    # A box clipped to nothing lies outside the frame; it is no detection whatever its score.
-    inside = (boxes_xyxy[:, 2] > boxes_xyxy[:, 0]) & (boxes_xyxy[:, 3] > boxes_xyxy[:, 1])
+    # A box clipped to less than a pixel lies outside the frame; it is no detection whatever its score.
+    inside = ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]) >= 1).all(axis=1)
     candidates = np.flatnonzero(inside & (scores >= score_threshold))
     kept = candidates[non_maximum_suppression(boxes_xyxy[candidates], scores[candidates], nms_iou)]
     votes = (box_iou(boxes_xyxy[kept], boxes_xyxy) > nms_iou) * scores

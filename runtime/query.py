@@ -147,7 +147,9 @@ def crop_person(image: Picture, box: Box, margin: float = 0.06) -> Picture:
     frame_height, frame_width = image.shape[:2]
     x1, y1, x2, y2 = box
     dx, dy = margin * (x2 - x1), margin * (y2 - y1)
-    left, top = max(0, int(x1 - dx)), max(0, int(y1 - dy))
+    # A box on the edge of the frame still gives a crop of a pixel.
+    left = min(max(0, int(x1 - dx)), frame_width - 1)
+    top = min(max(0, int(y1 - dy)), frame_height - 1)
     right, bottom = min(frame_width, int(x2 + dx) + 1), min(frame_height, int(y2 + dy) + 1)
     crop = image[top:bottom, left:right]
     if (height := bottom - top) <= CROP_HEIGHT:

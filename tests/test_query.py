@@ -161,3 +161,9 @@ def test_a_crop_has_a_margin_stays_in_the_frame_and_is_bounded():
     assert not np.shares_memory(crop, image)
     assert crop_person(scene(width=2000, height=2000), (0, 0, 1000, 1900)).shape[0] == CROP_HEIGHT
     assert crop_person(image, (159.2, 95.2, 159.9, 95.9)).size > 0
+
+
+def test_a_box_on_the_edge_of_the_frame_still_gives_a_crop():
+    image = np.zeros((60, 80, 3), np.uint8)
+    assert crop_person(image, (80.0, 10.0, 80.0, 50.0)).size > 0
+    assert crop_person(image, (10.0, 60.0, 40.0, 60.0)).size > 0
