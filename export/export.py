@@ -24,7 +24,7 @@ from ..bundle import (
     write_manifest,
 )
 from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings
-from ..models.preprocess import Letterbox, seeded_noise
+from ..models.preprocess import seeded_noise
 from ..models.sampling import SamplerSettings, denoise
 from .onnx_graph import SMALLEST_HALF_TENSOR, round_to_half, write_backbone, write_denoise_step
 
@@ -121,8 +121,7 @@ def reference_image(settings: SamplerSettings) -> np.ndarray:
     for i in range(6):
         left, top = int(width * (0.05 + 0.15 * i)), int(height * (0.1 + 0.05 * i))
         image[top : top + height // 3, left : left + width // 20] = (40 * i, 255 - 40 * i, 128)
-    box = Letterbox(width, height, settings.width, settings.height)
-    return box.image(image)
+    return image
 
 
 def describe(

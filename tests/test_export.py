@@ -105,6 +105,19 @@ def test_the_shipped_bundle_equals_pytorch(steps):
     assert (people[0].embeddings * people[1].embeddings).sum(-1).min() >= 0.9999
 
 
+def test_the_shipped_bundle_gives_its_reference_outputs():
+    folder = shipped_bundle()
+    if not folder.is_dir():
+        pytest.skip(f"the shipped bundle is missing: {folder}")
+    manifest, engine = load_manifest(folder), OnnxEngine(folder)
+    reference = np.load(folder / "reference.npz")
+    start = reference["boxes_T"][None], reference["emb_T"][None]
+    got = denoise(engine, engine.backbone(reference["image"][None]), *start, manifest.timesteps[1])
+    difference = np.clip(got.boxes_xyxy[0], 0, 1) - np.clip(reference["boxes_xyxy_k1"], 0, 1)
+    assert (np.abs(difference) * np.array([manifest.width, manifest.height] * 2)).max() <= 0.5
+    assert (got.embeddings[0] * reference["embeddings_k1"]).sum(-1).min() >= 0.9999
+
+
 def test_a_bundle_opens_and_answers_in_three_lines(bundle):
     detector = open_detector(bundle, backend="onnxruntime")
     frames = list(noise_images(2, 90, 160))
