@@ -13,8 +13,14 @@ from typing import Annotated
 
 import typer
 
-from . import commands as commands  # registers the commands that make and judge a model
 from .cli import FAILED, UsageError, app, reported_errors, usage
+
+# Importing a command's module registers it.
+from .commands import demo as demo
+from .commands import evaluate as evaluate
+from .commands import export as export
+from .commands import synth as synth
+from .commands import train as train
 
 RUN_EXAMPLES = """
 [bold]Examples[/bold]

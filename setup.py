@@ -2,7 +2,20 @@
 
 from setuptools import setup
 
-PARTS = ["models", "training", "training.synthetic", "kernels", "export", "runtime", "benchmarks"]
+PARTS = [
+    "benchmarks",
+    "commands",
+    "export",
+    "kernels",
+    "models",
+    "runtime",
+    "training",
+    "training.city",
+    "training.datasets",
+    "training.evaluation",
+    "training.synthetic",
+    "training.teacher",
+]
 
 setup(
     packages=["psdiff", *(f"psdiff.{part}" for part in PARTS)],

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from ..bundle import Measurement
-from ..models.detections import Detections, box_iou
-from ..models.sampling import Detector
-from .synthetic.clips import read_truth, truth_path, write_clip
-from .synthetic.street import Street
+from ...bundle import Measurement
+from ...models.detections import Detections, box_iou
+from ...models.sampling import Detector
+from ..synthetic.clips import read_truth, truth_path, write_clip
+from ..synthetic.street import Street
 
 IOU_THRESHOLD = 0.5
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from psdiff.models.detections import Detections, box_iou
-from psdiff.training.evaluate import (
+from psdiff.training.evaluation.clips import (
     EvaluationSet,
     LabelledImage,
     assigned_pids,

@@ -1,0 +1,1 @@
+"""The ReID teacher whose embeddings PSDiff learns to predict."""
