@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 UNLABELLED = -1
 
-# The camera of an image whose set does not tell.
+# The camera of an image whose set does not tell. It equals no camera, itself included: an evaluator that removes
+# matches of the same camera must keep these, or nothing is left to find.
 NO_CAMERA = -1
 
 
@@ -24,7 +25,7 @@ class DatasetError(ValueError):
     """The files are not the data set they should be; the message names the path and the expected tree."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelledImage:
     """One stored image and the people in it."""
 
@@ -40,7 +41,7 @@ class LabelledImage:
     """(R, 4) regions that are neither person nor background: crowds, reflections; None for none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Query:
     """A person to search for, where to search, and where that person is."""
 
@@ -70,6 +71,15 @@ class PersonSearchSet:
         return len({int(pid) for image in self.train for pid in image.pids} - {UNLABELLED})
 
 
+def boxes_by_pid(images: Sequence[LabelledImage]) -> dict[int, dict[int, NDArray[np.float32]]]:
+    """Named person -> index of each image that shows it -> its (n, 4) boxes there: what a Query's truth is from."""
+    found: dict[int, dict[int, NDArray[np.float32]]] = {}
+    for i, image in enumerate(images):
+        for pid in {int(pid) for pid in image.pids} - {UNLABELLED}:
+            found.setdefault(pid, {})[i] = image.boxes_xyxy[image.pids == pid]
+    return found
+
+
 @dataclass(frozen=True)
 class DetectionSet:
     """Frames with boxes only; every pid is UNLABELLED."""
@@ -79,9 +89,9 @@ class DetectionSet:
     test: Sequence[LabelledImage]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Crop:
-    """One person cut out of an image."""
+    """One person cut out of an image. Slots: a set may hold four million."""
 
     path: Path
     """An image file, or the LMDB folder or HDF5 file that holds it."""
