@@ -42,7 +42,7 @@ def random_frame(seed: int, index: int, *, width: int = 640, height: int = 384) 
         for number in range(_random_crowd(rng))
     ]
     if rng.random() < 0.45:
-        standing += [_random_occluder(rng, camera, (width, height)) for _ in range(int(rng.integers(1, 4)))]
+        standing += [random_occluder(rng, camera, (width, height)) for _ in range(int(rng.integers(1, 4)))]
     return compose(camera, scene, standing, rng)
 
 
@@ -64,17 +64,26 @@ def _random_standing(rng: np.random.Generator, camera: Camera, size: tuple[int, 
         row = rng.uniform(0.85 * person_px, height + 0.35 * person_px)
     person_px = float(np.clip(person_px, 28, 0.95 * height))
     person = random_person(rng)
-    tilt = float(np.clip(camera.tilt + rng.normal(0, 0.06), 0, 1))
-    view, phase = rng.uniform(0, math.tau), rng.random()
-    rgb, alpha = draw_person(
-        person, person_px, view=view, phase=phase, tilt=tilt, rng=rng, light=camera.light
-    )
+    rgb, alpha = pose_sprite(rng, person, camera, person_px)
     origin = sprite_origin(person_px)
     left = rng.uniform(-0.1, 1.1) * width - origin[0]
     return Standing(rgb, alpha, int(left), int(row - origin[1]), row, pid, appearance_code(person))
 
 
-def _random_occluder(rng: np.random.Generator, camera: Camera, size: tuple[int, int]) -> Standing:
+def pose_sprite(
+    rng: np.random.Generator, person: Person, camera: Camera, person_px: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw somebody in a random pose and direction, as a camera sees an average body of person_px pixels.
+
+    Returns rgb uint8 (H, W, 3) and alpha float32 (H, W) in [0, 1]; sprite_origin says where the feet are.
+    """
+    tilt = float(np.clip(camera.tilt + rng.normal(0, 0.06), 0, 1))
+    view, phase = rng.uniform(0, math.tau), rng.random()
+    return draw_person(person, person_px, view=view, phase=phase, tilt=tilt, rng=rng, light=camera.light)
+
+
+def random_occluder(rng: np.random.Generator, camera: Camera, size: tuple[int, int]) -> Standing:
+    """Stand a thing that hides people somewhere in a frame of size (width, height) pixels."""
     width, height = size
     row = rng.uniform(camera.horizon, 1.2) * height
     unit_px = float(np.clip(camera.person_px(row, height) * rng.uniform(0.7, 1.1), 20, 0.7 * height))
@@ -136,10 +145,10 @@ class Street:
         rng = np.random.default_rng([seed, 1])
         self.people: list[Person] = [random_person(rng) for _ in range(num_people)]
         self.codes = np.stack([appearance_code(person) for person in self.people])
-        self.cameras: list[Camera] = [_mounted_camera(rng, number) for number in range(cameras)]
+        self.cameras: list[Camera] = [mounted_camera(rng, number) for number in range(cameras)]
         self._scenes = [camera.background(width, height) for camera in self.cameras]
         self._things = [
-            [_random_occluder(rng, camera, (width, height)) for _ in range(int(rng.integers(0, 3)))]
+            [random_occluder(rng, camera, (width, height)) for _ in range(int(rng.integers(0, 3)))]
             for camera in self.cameras
         ]
         # Each camera sees the cast in the same order, but shifted: nobody is in two places at once.
@@ -188,7 +197,7 @@ class Street:
         return Standing(rgb, alpha, left, top, row, visit.person, self.codes[visit.person])
 
 
-def _mounted_camera(rng: np.random.Generator, number: int) -> Camera:
+def mounted_camera(rng: np.random.Generator, number: int) -> Camera:
     """Draw a camera of a street; neighbours differ clearly in place, light, colour, scale and height."""
     camera = random_camera(rng)
     is_near = number % 2 == 0
