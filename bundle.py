@@ -81,6 +81,16 @@ class Manifest(BaseModel):
     """File name -> SHA-256."""
     measurements: list[Measurement] = []
 
+    @property
+    def embedding_scale(self) -> float | None:
+        """Norm of an embedding in signal space, of the model; None where the bundle does not tell."""
+        return self.model.get("embedding_scale")
+
+    @property
+    def num_timesteps(self) -> int | None:
+        """T of the model's noise schedule; None where the bundle does not tell."""
+        return self.model.get("num_timesteps")
+
 
 def load_manifest(folder: Path) -> Manifest:
     """Read manifest.json and check every file's SHA-256 against it.

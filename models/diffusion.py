@@ -5,12 +5,13 @@ Legend: B images, N proposals, M people, E embedding dimension, T timesteps; aba
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from . import solvers
 
 Padding = Literal["repeat", "gaussian", "mixed"]
 
@@ -20,14 +21,9 @@ MIN_BOX_SIDE = 1e-4
 
 
 def cosine_alphas_cumprod(num_timesteps: int) -> Tensor:
-    """abar_t for t = 0..T-1, (T,) float64, with beta clipped at 0.999.
-
-    Source: Nichol and Dhariwal (arXiv:2102.09672), eq. 17.
-    """
-    steps = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-    level = torch.cos((steps + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
-    return torch.cumprod(1 - betas, dim=0)
+    """abar_t for t = 0..T-1, (T,) float64: the table of models.solvers as a tensor."""
+    # torch.tensor, since from_numpy would not go to the device that a model is built on.
+    return torch.tensor(solvers.cosine_alphas_cumprod(num_timesteps))
 
 
 class NoiseLevel(NamedTuple):

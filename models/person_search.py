@@ -121,6 +121,8 @@ def sampler_settings(config: PSDiffConfig) -> SamplerSettings:
         },
         score_threshold=config.score_threshold,
         nms_iou=config.nms_iou,
+        embedding_scale=config.embedding_scale,
+        num_timesteps=config.num_timesteps,
     )
 
 

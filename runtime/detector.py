@@ -61,6 +61,8 @@ def detector_of(
         score_threshold=manifest.score_threshold,
         nms_iou=manifest.nms_iou,
         score_thresholds=manifest.score_thresholds,
+        embedding_scale=manifest.embedding_scale,
+        num_timesteps=manifest.num_timesteps,
     )
     return Detector(OnnxEngine(folder, threads), settings)
 
