@@ -6,13 +6,14 @@ from psdiff.models.detections import Detections, box_iou
 from psdiff.training.evaluation.clips import (
     EvaluationSet,
     LabelledImage,
+    Thresholds,
     assigned_pids,
-    average_precision,
     best_f1_threshold,
     best_views,
     load_evaluation_set,
     render_evaluation_set,
     search_hits,
+    with_thresholds,
 )
 
 
@@ -47,20 +48,6 @@ def test_a_person_belongs_to_the_best_scored_detection_and_counts_once():
     assert assigned_pids(found, people).tolist() == [-1, 7, -1]
 
 
-def test_average_precision_of_a_perfect_detector_is_one_and_of_a_blind_one_zero():
-    assert average_precision([np.array([0.9, 0.8])], [np.array([True, True])], 2) == (1.0, 1.0)
-    assert average_precision([np.zeros(0)], [np.zeros(0, bool)], 3) == (0.0, 0.0)
-
-
-def test_average_precision_over_101_points():
-    # Hit, miss, hit of three people: precision 1 up to recall 1/3, then 2/3 up to recall 2/3, then nothing.
-    scores = [np.array([0.9, 0.7]), np.array([0.8])]
-    hits = [np.array([True, True]), np.array([False])]
-    ap50, recall = average_precision(scores, hits, 3)
-    assert recall == pytest.approx(2 / 3)
-    assert ap50 == pytest.approx((34 * 1.0 + 33 * 2 / 3) / 101)
-
-
 def test_the_best_threshold_is_the_lowest_value_still_called_true():
     values, is_true = np.array([0.9, 0.3, 0.8, 0.2, 0.7]), np.array([True, False, True, True, False])
     # From 0.8 on: 2 right of 2, 2 of 3 found, F1 0.8. Down to 0.2: 3 right of 5, 3 of 3 found, F1 0.75.
@@ -72,6 +59,14 @@ def test_the_query_is_the_largest_view_among_those_that_show_the_person_well():
     hidden = labelled([[0, 0, 10, 45]], [1], visibility=[0.5])
     other_camera = labelled([[0, 0, 10, 48]], [1], camera=1)
     assert best_views([small, large, hidden, other_camera]) == {1: (large, 0)}
+
+
+def test_the_thresholds_of_the_default_k_hold_for_the_others(manifest):
+    found = {1: Thresholds(0.41, 0.6), 2: Thresholds(0.4567, 0.7), 4: Thresholds(0.5, 0.8)}
+    updated = with_thresholds(manifest, found)
+    assert (updated.score_threshold, updated.match_threshold) == (0.457, 0.7)
+    assert updated.score_thresholds == {1: 0.41, 2: 0.457, 4: 0.5}
+    assert with_thresholds(manifest, {1: found[1]}).score_threshold == 0.41
 
 
 class EmbedsByHeight:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -18,19 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from ...bundle import Measurement
-from ...models.detections import Detections, box_iou
+from ...bundle import Manifest, Measurement
+from ...models.detections import Detections
 from ...models.sampling import Detector
 from ..synthetic.clips import read_truth, truth_path, write_clip
 from ..synthetic.street import Street
-
-IOU_THRESHOLD = 0.5
+from .detection import match_by_score, precision_recall
+from .person_search import LOWEST_SCORE, without_threshold
 
 # A query must show the person well, as an operator would choose it.
 QUERY_VISIBILITY = 0.8
-
-# Average precision needs the doubtful detections too, which the operating threshold would hide.
-LOWEST_SCORE = 0.05
 
 # Thresholds are chosen on other streets than those that are scored.
 CALIBRATION_SEED = 2_000_000
@@ -152,13 +149,13 @@ def evaluate(
     found = find_people(detector, images, steps, on_frame)
     ms_per_frame = 1000 * (time.perf_counter() - began) / max(len(images), 1)
     pids = [assigned_pids(people, labelled) for people, labelled in zip(found, images, strict=True)]
-    ap50, recall = average_precision(
-        [people.scores for people in found],
-        [assigned >= 0 for assigned in pids],
+    curve = precision_recall(
+        np.concatenate([people.scores for people in found]),
+        np.concatenate([assigned >= 0 for assigned in pids]),
         sum(len(labelled.pids) for labelled in images),
     )
     hits = search_hits(detector, images, found, pids, steps)
-    return Scores(steps, ap50, recall, float(np.mean(hits)), len(hits), ms_per_frame)
+    return Scores(steps, curve.ap, curve.recall, float(np.mean(hits)), len(hits), ms_per_frame)
 
 
 def find_people(
@@ -168,9 +165,7 @@ def find_people(
     on_frame: Callable[[], None] = lambda: None,
 ) -> list[Detections]:
     """Everything a detector finds from LOWEST_SCORE on, one frame at a time."""
-    eager = Detector(
-        detector.engine, replace(detector.settings, score_threshold=LOWEST_SCORE, score_thresholds={})
-    )
+    eager = without_threshold(detector, LOWEST_SCORE)
     found = []
     for i, labelled in enumerate(images):
         found += eager.detect([labelled.image], steps, seeds=[i])
@@ -198,6 +193,17 @@ def calibrate(detector: Detector, images: Sequence[LabelledImage], steps: int) -
     return Thresholds(score, best_f1_threshold(cosines.ravel(), same.ravel(), int(same.sum())))
 
 
+def with_thresholds(manifest: Manifest, found: Mapping[int, Thresholds]) -> Manifest:
+    """Return the manifest with the thresholds found for each K; those of its default K hold for the others."""
+    usual = found.get(manifest.default_steps) or found[max(found)]
+    update = {
+        "score_threshold": round(usual.score, 3),
+        "score_thresholds": {steps: round(best.score, 3) for steps, best in found.items()},
+        "match_threshold": round(usual.match, 3),
+    }
+    return manifest.model_copy(update=update)
+
+
 def best_f1_threshold(values: NDArray[np.floating], is_true: NDArray[np.bool_], num_true: int) -> float:
     """The value from which calling everything true has the best F1; num_true counts what was never found too."""
     order = np.argsort(-values)
@@ -207,34 +213,9 @@ def best_f1_threshold(values: NDArray[np.floating], is_true: NDArray[np.bool_], 
 
 
 def assigned_pids(people: Detections, labelled: LabelledImage) -> NDArray[np.int64]:
-    """(n,) the person that each detection found, -1 for none.
-
-    Greedy by score: a person belongs to the best detection with IoU >= 0.5 (PASCAL VOC).
-    """
-    assigned = np.full(len(people), -1, np.int64)
-    iou = box_iou(people.boxes_xyxy, labelled.boxes_xyxy)
-    free = np.ones(len(labelled.pids), bool)
-    for i in np.argsort(-people.scores, kind="stable"):
-        candidates = np.where(free, iou[i], 0.0)
-        if len(candidates) and candidates.max() >= IOU_THRESHOLD:
-            best = int(candidates.argmax())
-            assigned[i], free[best] = labelled.pids[best], False
-    return assigned
-
-
-def average_precision(
-    scores: Sequence[NDArray[np.float32]], is_hit: Sequence[NDArray[np.bool_]], num_people: int
-) -> tuple[float, float]:
-    """COCO's 101-point average precision and the final recall, over the detections of all frames."""
-    order = np.argsort(-np.concatenate([*scores, np.zeros(0)]), kind="stable")
-    hits = np.concatenate([*is_hit, np.zeros(0, bool)])[order].astype(bool)
-    if num_people == 0 or not hits.any():
-        return 0.0, 0.0
-    found = np.cumsum(hits)
-    recall, precision = found / num_people, found / np.arange(1, len(hits) + 1)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    index = np.searchsorted(recall, np.linspace(0, 1, 101), side="left")
-    return float(np.append(envelope, 0.0)[np.minimum(index, len(envelope))].mean()), float(recall[-1])
+    """(n,) the pid that each detection found, -1 for none."""
+    # Row -1, nobody, is the appended pid.
+    return np.append(labelled.pids, -1)[match_by_score(people, labelled.boxes_xyxy)]
 
 
 def search_hits(
