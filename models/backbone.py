@@ -121,7 +121,7 @@ def _stages(name: str, state_dict: Mapping[str, Tensor] | None = None) -> nn.Mod
         "mobilenet_v2": (mobilenet_v2, _mobilenet_stages),
     }[name]
     if state_dict is None:
-        return arrange(build())
+        return _mobilenet_stages(build(), is_random=True) if name == "mobilenet_v2" else arrange(build())
     net = build(num_classes=len(list(state_dict.values())[-1]))
     net.load_state_dict(state_dict)
     return arrange(net)
@@ -157,13 +157,25 @@ class _SwinStage(nn.Module):
         return self.to_channels_first(self.norm(self.body(x)))
 
 
-def _mobilenet_stages(net: MobileNetV2) -> nn.ModuleList:
+def _mobilenet_stages(net: MobileNetV2, *, is_random: bool = False) -> nn.ModuleList:
     # The last 1x1 convolution (320 -> 1280) serves the classifier alone.
     features = list(net.eval().features)[:18]
     for block in features:
         fold_batch_norm(block)
+        if is_random:
+            _keep_variance(block)
     bounds = ((0, 4), (4, 7), (7, 14), (14, 18))
     return nn.ModuleList(nn.Sequential(*features[start:end]) for start, end in bounds)
+
+
+def _keep_variance(module: nn.Module) -> None:
+    """Draw convolutions so that activations keep their variance where no BatchNorm restores it (fan-in).
+
+    torchvision's start counts on BatchNorm: folded, the signal falls by 10^-8 on its way to the last stage.
+    """
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_in")
 
 
 def fold_batch_norm(module: nn.Module) -> None:

@@ -51,8 +51,8 @@ class PSDiffConfig(BaseModel):
     """How S*S tokens become one: squeeze channels then flatten, flatten, or average."""
     squeeze_dim: int = Field(24, gt=0)
     """Channels per token before flattening; 24 keeps the R50 model within 2.5 % of the paper's FLOPs."""
-    head: Literal["cascaded", "parallel", "joint"] = "cascaded"
-    """What box and class are computed from: the embedding, the fused features, or both."""
+    head: Literal["cascaded", "parallel", "joint", "region"] = "cascaded"
+    """What box and class are computed from: the embedding, the fused features, both, or the pooled region too."""
     embedding_gain: Literal["none", "wiener"] = "none"
     """Scale e_t by how much of it is signal, so that pure noise enters as zero."""
     box_scale: float = Field(2.0, gt=0)

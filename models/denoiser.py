@@ -27,6 +27,9 @@ MAX_LOG_SIZE = math.log(100000 / 16)
 # Every proposal starts at a probability of 0.01, so that the many negatives do not drown the first steps.
 PRIOR_LOGIT = -math.log(0.99 / 0.01)
 
+# How much of a generated kernel comes from the embedding before training, against Xavier's share.
+DYNAMIC_START = 0.1
+
 
 class Prediction(NamedTuple):
     """What the layer says of the clean state."""
@@ -73,7 +76,7 @@ class Denoiser(nn.Module):
         features: p2..p5 of (B, C, h, w). boxes_norm: decoded and normalised. t_emb: timesteps of the
         embeddings where they differ from those of the boxes (a device of training).
         """
-        tokens = self._pool(features, boxes_norm)
+        region = tokens = self._pool(features, boxes_norm)
         embedding = self.embedding_proj(self._gain(emb_t, t if t_emb is None else t_emb)).flatten(0, 1)
         if self.config.self_attention != "none":
             tokens = self.self_attention(tokens, proposals=boxes_norm.shape[1])
@@ -81,7 +84,7 @@ class Denoiser(nn.Module):
         attended = self.cross_attention(embedding, tokens) if self.config.cross_attention else embedding
         scale, shift = self.time(t)
         fused = torch.cat([convolved, attended], dim=1).unflatten(0, boxes_norm.shape[:2])
-        logits, deltas, embeddings = self.heads(fused, scale[:, None], shift[:, None])
+        logits, deltas, embeddings = self.heads(fused, region, scale[:, None], shift[:, None])
         return Prediction(apply_deltas(boxes_norm, deltas), logits, embeddings)
 
     def _pool(self, features: Sequence[Tensor], boxes_norm: Tensor) -> Tensor:
@@ -111,6 +114,8 @@ class Denoiser(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+        if self.config.dynamic_conv:
+            self.dynamic_conv.start_static()
         if self.config.position_code:
             nn.init.normal_(self.position_code, std=0.5)
         nn.init.constant_(self.heads.logit.bias, PRIOR_LOGIT)
@@ -201,6 +206,20 @@ class DynamicConv(nn.Module):
         x = F.relu(self.norm3(self._reduce(dynamic_conv(tokens, self.kernels(embedding), *norms))))
         return self.norm4(x + self.ffn(x)) if self.has_ffn else x
 
+    @torch.no_grad()
+    def start_static(self) -> None:
+        """Start as an ordinary convolution that the embedding changes little.
+
+        differs from PSDiff (Xavier everywhere), where the kernels of a proposal start as a random function of
+        its noise: one image learnt by heart for 300 iterations then still had its boxes where they came in.
+        """
+        channels = self.norm2.normalized_shape[0]
+        width = self.norm1.normalized_shape[0]
+        first, second = self.kernels.bias.split(channels * width)
+        self.kernels.weight.mul_(DYNAMIC_START)
+        nn.init.normal_(first, std=channels**-0.5)
+        nn.init.normal_(second, std=width**-0.5)
+
     def _reduce(self, tokens: Tensor) -> Tensor:
         # The mean forgets where in the box the person stands, so it is kept as an ablation only.
         if self.reduction == "mean":
@@ -249,36 +268,52 @@ class Heads(nn.Module):
     """Fused features (B, N, 2C) -> logits (B, N), deltas (B, N, 4), embeddings (B, N, E).
 
     `cascaded` (the paper): box and class see the embedding alone. `parallel`: they see the features alone.
-    `joint`: both. Time enters by FiLM on the hidden layers, so it reaches every output.
+    `joint`: both. `region`: both, and the pooled region by a way of its own, which neither attention nor
+    generated kernels lie on; the embedding sees the region too. Time enters by FiLM on the hidden layers, so
+    it reaches every output.
     """
 
     def __init__(self, config: PSDiffConfig) -> None:
         super().__init__()
         channels, dim = config.channels, config.embedding_dim
         self.kind = config.head
-        self.embedding_hidden = nn.Sequential(
-            nn.Linear(2 * channels, channels), nn.LayerNorm(channels), nn.ReLU()
-        )
+        self.embedding_hidden = _hidden((3 if config.head == "region" else 2) * channels, channels)
         self.embedding = nn.Linear(channels, dim)
         if config.head != "cascaded":
-            self.detection_hidden = nn.Sequential(
-                nn.Linear(2 * channels, channels), nn.LayerNorm(channels), nn.ReLU()
-            )
-        inputs = {"cascaded": dim, "parallel": channels, "joint": channels + dim}[config.head]
-        self.class_tower = _tower(inputs, channels, layers=1)
-        self.box_tower = _tower(inputs, channels, layers=3)
+            self.detection_hidden = _hidden(2 * channels, channels)
+        if config.head == "region":
+            self.squeeze = nn.Linear(channels, config.squeeze_dim)
+            self.region = nn.Linear(config.pool_size**2 * config.squeeze_dim, channels)
+        seen = {
+            "cascaded": dim,
+            "parallel": channels,
+            "joint": channels + dim,
+            "region": 2 * channels + dim,
+        }[config.head]
+        self.class_tower = _tower(seen, channels, layers=1)
+        self.box_tower = _tower(seen, channels, layers=3)
         self.logit = nn.Linear(channels, 1)
         self.deltas = nn.Linear(channels, 4)
 
-    def forward(self, fused: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fused (B, N, 2C), scale and shift (B, 1, C) -> logits, deltas, embeddings."""
-        embeddings = self.embedding(self.embedding_hidden(fused) * (1 + scale) + shift)
-        seen = embeddings
-        if self.kind != "cascaded":
-            seen = self.detection_hidden(fused) * (1 + scale) + shift
-        if self.kind == "joint":
-            seen = torch.cat([seen, embeddings], dim=-1)
+    def forward(
+        self, fused: Tensor, region: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused (B, N, 2C), region (B*N, P, C), scale and shift (B, 1, C) -> logits, deltas, embeddings."""
+        if self.kind == "region":
+            squeezed = _tokenwise(region, self.squeeze.weight, self.squeeze.bias).flatten(1)
+            direct = F.relu(self.region(squeezed)).unflatten(0, fused.shape[:2])
+            described = torch.cat([fused, direct], dim=-1)
+        else:
+            direct, described = None, fused
+        embeddings = self.embedding(self.embedding_hidden(described) * (1 + scale) + shift)
+        seen = [] if self.kind == "cascaded" else [self.detection_hidden(fused) * (1 + scale) + shift]
+        seen += [] if self.kind == "parallel" else [embeddings]
+        seen = torch.cat([*seen, direct] if direct is not None else seen, dim=-1)
         return self.logit(self.class_tower(seen))[..., 0], self.deltas(self.box_tower(seen)), embeddings
+
+
+def _hidden(inputs: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, channels), nn.LayerNorm(channels), nn.ReLU())
 
 
 def _tower(inputs: int, channels: int, layers: int) -> nn.Sequential:
