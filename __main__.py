@@ -20,6 +20,7 @@ from .commands import demo as demo
 from .commands import evaluate as evaluate
 from .commands import export as export
 from .commands import synth as synth
+from .commands import teacher as teacher
 from .commands import train as train
 
 RUN_EXAMPLES = """

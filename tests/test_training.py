@@ -1,50 +1,37 @@
-"""The loop, its recipe and its noise: a run from start to checkpoint, and what stops it."""
+"""The loop and its recipe: a run from start to checkpoint, what it logs, and what stops it."""
 
 import json
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from psdiff.models.config import PSDiffConfig
-from psdiff.models.person_search import PSDiff, load_checkpoint, save_checkpoint, torch_detector
+from psdiff.models.person_search import load_checkpoint
 from psdiff.training import train as training
-from psdiff.training.dataset import FramePool, StreetFrames, mirrored
-from psdiff.training.losses import set_loss
-from psdiff.training.matcher import People, add_overlapping, match
-from psdiff.training.noising import noisy_group, wrong_embeddings
-from psdiff.training.recipe import Recipe, RecipeError, Stage, load_recipe
-
-TINY = {
-    "backbone": "mobilenet_v2",
-    "height": 96,
-    "width": 160,
-    "channels": 32,
-    "separable_fpn": True,
-    "num_proposals": 30,
-    "embedding_dim": 64,
-    "canonical_size": 56.0,
-    "num_heads": 4,
-    "dynamic_dim": 4,
-    "ffn_dim": 64,
-    "time_dim": 32,
-    "time_hidden": 64,
-    "head": "joint",
-    "embedding_gain": "wiener",
-    "grid_power": 3.0,
-}
-
-
-def tiny_recipe(**changes):
-    stage = {"width": 160, "height": 96, "batch_size": 2, "iterations": 3}
-    settings = {"stages": [stage], "frames": 4, "loader_workers": 0, "num_proposals": 10}
-    return Recipe.model_validate(settings | changes)
+from psdiff.training.dataset import CanvasFrames, FramePool, frame_batches
+from psdiff.training.noising import image_generator
+from psdiff.training.objective import denoising_objective
+from psdiff.training.progress import RunningAverages, Stopwatch
+from psdiff.training.recipe import RECIPES, RecipeError, Stage, load_recipe, save_recipe
+from psdiff.training.resume import STATE
+from psdiff.training.start import StartError
+from tiny_run import assert_same, tiny_model, tiny_recipe, tiny_stage, weights, write_tiny_checkpoint
 
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
-    torch.manual_seed(0)
-    path = tmp_path / "start.safetensors"
-    save_checkpoint(PSDiff(PSDiffConfig.model_validate(TINY)), path, {"made_by": "a test"})
-    return path
+    return write_tiny_checkpoint(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """A folder for the frames that all runs draw."""
+    return tmp_path_factory.mktemp("frames")
+
+
+def state_of(out):
+    return torch.load(out / STATE, weights_only=True)
 
 
 def test_a_run_writes_a_checkpoint_a_log_and_its_notes(tmp_path, tiny_checkpoint):
@@ -61,26 +48,46 @@ def test_a_run_writes_a_checkpoint_a_log_and_its_notes(tmp_path, tiny_checkpoint
     assert notes["made_by"] == "a test"
     assert [stage["iterations"] for stage in notes["stages"]] == [2, 2]
     assert notes["frames"] == 8
-    assert [(p.stage, p.iteration) for p in seen] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert [(p.stage, p.iteration, p.share) for p in seen] == [(0, 1, 0.5), (0, 2, 1), (1, 1, 0.5), (1, 2, 1)]
+    assert all(p.images_per_s > 0 and 0 < p.loader_share < 1 for p in seen)
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["stage"] for line in lines] == [0, 1]
     before, _ = load_checkpoint(tiny_checkpoint)
     assert not torch.equal(model.denoiser.heads.logit.weight, before.denoiser.heads.logit.weight)
 
 
-def test_the_same_seed_gives_the_same_weights(tmp_path, tiny_checkpoint):
+def test_the_curves_are_in_tensorboard(tmp_path, tiny_checkpoint, frames):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = []
+    stages = [tiny_stage(batch_size=1, iterations=1), tiny_stage(width=64, height=32, iterations=22)]
+    training.train(
+        tiny_recipe(stages=stages),
+        tmp_path / "run",
+        init=tiny_checkpoint,
+        frames_folder=frames,
+        on_progress=seen.append,
+    )
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert {"total", "classification", "l1", "giou", "reid", "learning_rate"} <= set(events.Tags()["scalars"])
+    # By images: one of the first stage, then two an iteration; points at the iterations 1, 1 and 21.
+    losses = [(point.step, point.value) for point in events.Scalars("total")]
+    assert losses == [(step, pytest.approx(seen[i].loss)) for step, i in ((1, 0), (3, 1), (43, 21))]
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path, tiny_checkpoint, frames):
     runs = [
-        training.train(
-            tiny_recipe(), tmp_path / name, init=tiny_checkpoint, frames_folder=tmp_path / "frames"
-        )
-        for name in ("a", "b")
+        training.train(tiny_recipe(seed=seed), tmp_path / name, init=tiny_checkpoint, frames_folder=frames)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
-    first, second = (load_checkpoint(path)[0].state_dict() for path in runs)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    first, second, other_seed = (weights(path) for path in runs)
+    assert_same(first, second)
+    assert not torch.equal(first["denoiser.heads.logit.weight"], other_seed["denoiser.heads.logit.weight"])
 
 
-def test_frozen_stages_do_not_move(tmp_path, tiny_checkpoint):
-    path = training.train(tiny_recipe(frozen_stages=2), tmp_path / "run", init=tiny_checkpoint)
+def test_frozen_stages_do_not_move(tmp_path, tiny_checkpoint, frames):
+    recipe = tiny_recipe(frozen_stages=2)
+    path = training.train(recipe, tmp_path / "run", init=tiny_checkpoint, frames_folder=frames)
     after, before = (load_checkpoint(p)[0].backbone.stages for p in (path, tiny_checkpoint))
     moved = [
         any(not torch.equal(a, b) for a, b in zip(x.parameters(), y.parameters(), strict=True))
@@ -89,65 +96,208 @@ def test_frozen_stages_do_not_move(tmp_path, tiny_checkpoint):
     assert moved == [False, False, True, True]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path):
-    torch.manual_seed(0)
-    model = PSDiff(PSDiffConfig.model_validate(TINY))
-    with torch.no_grad():
-        model.denoiser.heads.logit.bias.fill_(float("nan"))
-    save_checkpoint(model, tmp_path / "broken.safetensors", {})
-    with pytest.raises(training.NonFiniteLossError, match="loss must be finite"):
-        training.train(tiny_recipe(), tmp_path / "run", init=tmp_path / "broken.safetensors")
+def gradients(recipe, samples, frames):
+    """Gradients of the loss of the images that a run reads as `samples`, one batch."""
+    model = tiny_model().train()
+    items = CanvasFrames(FramePool(frames, 0, 4), samples, seed=0, width=160, height=96)
+    [batch] = frame_batches(items, batch_size=len(samples), workers=0)
+    generators = [image_generator(0, sample) for sample in batch.samples]
+    features = model.backbone(batch.images)
+    denoising_objective(model.denoiser, features, batch.people, recipe, generators).loss.total.backward()
+    stages, fpn = model.backbone.stages, model.backbone.fpn
+    trained = [*stages[2:].parameters(), *fpn.parameters(), *model.denoiser.parameters()]
+    return torch.cat([parameter.grad.flatten() for parameter in trained if parameter.requires_grad])
+
+
+def test_accumulating_two_images_takes_the_mean_of_their_gradients(tmp_path, tiny_checkpoint, frames):
+    stage = tiny_stage(batch_size=1, accumulate=2, iterations=1)
+    recipe = tiny_recipe(stages=[stage], max_gradient_norm=1e9)
+    training.train(recipe, tmp_path / "run", init=tiny_checkpoint, frames_folder=frames)
+    moments = state_of(tmp_path / "run")["optimizer"]["state"].values()
+    # Adam's first moment after one step is a tenth of the gradient.
+    found = 10 * torch.cat([moment["exp_avg"].flatten() for moment in moments])
+    first, second = (gradients(recipe, range(i, i + 1), frames) for i in (0, 1))
+    assert (found - (first + second) / 2).norm() < 1e-4 * found.norm()
+    assert (first - second).norm() > 0.1 * found.norm()
+
+
+def test_gradients_are_clipped_and_the_backbone_has_a_rate_of_its_own(tmp_path, tiny_checkpoint, frames):
+    stage = tiny_stage(iterations=1, learning_rate=1e-3, warmup_iterations=10)
+    recipe = tiny_recipe(stages=[stage], max_gradient_norm=0.5, backbone_learning_rate=0.3)
+    training.train(recipe, tmp_path / "run", init=tiny_checkpoint, frames_folder=frames)
+    optimizer = state_of(tmp_path / "run")["optimizer"]
+    norm = torch.cat([10 * moment["exp_avg"].flatten() for moment in optimizer["state"].values()]).norm()
+    assert norm.item() == pytest.approx(0.5, rel=1e-3)
+    assert [group["lr"] for group in optimizer["param_groups"]] == pytest.approx([3e-6, 1e-5])
+
+
+PAPER = Stage(iterations=90_000, warmup_iterations=1000)
+
+
+@pytest.mark.parametrize(
+    ("decay", "iteration", "factor"),
+    [
+        ("steps", 0, 0.01),
+        ("steps", 500, 0.505),
+        ("steps", 1000, 1),
+        ("steps", 69_999, 1),
+        ("steps", 70_000, 0.1),
+        ("steps", 83_999, 0.1),
+        ("steps", 84_000, 0.01),
+        ("cosine", 0, 0.01),
+        ("cosine", 45_000, 1),
+        ("cosine", 67_500, 0.51),
+        ("cosine", 90_000, 0.02),
+        ("none", 500, 0.505),
+        ("none", 89_999, 1),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(decay, iteration, factor):
+    stage = PAPER.model_copy(update={"decay": decay})
+    found = training.learning_rate_factor(stage, iteration, iteration / 90_000)
+    assert found == pytest.approx(factor, rel=1e-9)
+
+
+def test_a_stage_without_warm_up_starts_at_its_rate():
+    stage = Stage(minutes=5, warmup_iterations=0, decay="none")
+    assert training.learning_rate_factor(stage, 0, 0.0) == 1
+
+
+def test_the_average_is_that_of_the_weights_after_each_iteration(tmp_path, tiny_checkpoint, frames):
+    out, after = tmp_path / "run", []
+
+    def collect(progress):
+        if progress.iteration > 1:
+            after.append(state_of(out)["model"])
+
+    stage = tiny_stage(iterations=4, learning_rate=2e-3, warmup_iterations=0)
+    recipe = tiny_recipe(stages=[stage], ema_decay=0.75, save_every_minutes=1e-9)
+    path = training.train(recipe, out, init=tiny_checkpoint, frames_folder=frames, on_progress=collect)
+    after.append(state_of(out)["model"])
+    name = "denoiser.heads.logit.weight"
+    expected = after[0][name]
+    for state in after[1:]:
+        expected = 0.75 * expected + 0.25 * state[name]
+    averaged = weights(path)
+    torch.testing.assert_close(averaged[name], expected, rtol=0, atol=1e-6)
+    assert (averaged[name] - after[-1][name]).abs().max() > 3e-4
+    kept = state_of(out)["average"]
+    assert_same(averaged, {name: kept[f"module.{name}"] for name in averaged})
+
+
+def test_bfloat16_trains_float32_weights(tmp_path, tiny_checkpoint, frames):
+    losses, paths = {}, {}
+    for precision in ("float32", "bfloat16"):
+        seen = []
+        paths[precision] = training.train(
+            tiny_recipe(precision=precision, stages=[tiny_stage(iterations=2)]),
+            tmp_path / precision,
+            init=tiny_checkpoint,
+            frames_folder=frames,
+            on_progress=seen.append,
+        )
+        losses[precision] = [progress.loss for progress in seen]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert losses["bfloat16"] != losses["float32"]
+    state = state_of(tmp_path / "bfloat16")["model"]
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path, tiny_checkpoint):
+    pool = FramePool(tmp_path, seed=0, size=4)
+    _, boxes, embeddings = pool.frame(2)
+    stored = dict(np.load(tmp_path / "frames-0" / "0000002.npz"))
+    np.savez(tmp_path / "frames-0" / "0000002.npz", **stored | {"embeddings": embeddings * np.nan})
+    out = tmp_path / "run"
+    recipe = tiny_recipe(stages=[tiny_stage(batch_size=1, iterations=4)], save_every_minutes=1e-9)
+    with pytest.raises(training.NonFiniteLossError, match=r"loss must be finite, got .* at iteration 2"):
+        training.train(recipe, out, init=tiny_checkpoint, frames_folder=tmp_path)
+    kept = torch.load(out / "non_finite_batch.pt", weights_only=True)
+    assert kept["samples"] == [2]
+    assert kept["images"].shape == (1, 96, 160, 3)
+    [(kept_boxes, kept_embeddings)] = kept["people"]
+    assert kept_boxes.shape == (len(boxes), 4)
+    assert kept_embeddings.isnan().all()
+    # What was saved after the iteration before is good.
+    assert all(value.isfinite().all() for value in weights(out / training.CHECKPOINT).values())
+    assert state_of(out)["iteration"] == 2
+
+
+def test_a_gradient_that_is_no_number_does_not_reach_the_weights(tmp_path, tiny_checkpoint, monkeypatch):
+    def with_overflow(*arguments, **options):
+        model = resized(*arguments, **options)
+        model.denoiser.heads.logit.weight.register_hook(lambda gradient: gradient * float("inf"))
+        return model
+
+    resized = training.resized
+    monkeypatch.setattr(training, "resized", with_overflow)
+    with pytest.raises(training.NonFiniteLossError, match="norm of the gradient must be finite"):
+        training.train(tiny_recipe(), tmp_path / "run", init=tiny_checkpoint)
     assert (tmp_path / "run" / "non_finite_batch.pt").is_file()
+    assert not (tmp_path / "run" / training.CHECKPOINT).exists()
 
 
-def test_the_pool_gives_the_same_frame_again_and_wraps_around(tmp_path):
-    pool = FramePool(tmp_path, seed=3, size=2)
-    image, boxes, embeddings = pool.frame(1)
-    again = FramePool(tmp_path, seed=3, size=2).frame(3)
-    assert (image == again[0]).all()
-    assert (boxes == again[1]).all()
-    assert embeddings.shape == (len(boxes), 64)
-    assert len(list(tmp_path.glob("frames-3/*.npz"))) == 1
+def test_what_a_step_draws_does_not_depend_on_the_steps_before(frames):
+    model = tiny_model().train()
+    # Swin's stochastic depth draws from the global generator, as dropout does.
+    model.backbone.stages[3].append(torch.nn.Dropout(0.5))
+    step = training._Step(model, tiny_recipe())
+    items = CanvasFrames(FramePool(frames, 0, 4), range(2), seed=0, width=160, height=96)
+    [batch] = frame_batches(items, batch_size=2, workers=0)
+    first, second = step(batch).loss.total, step(batch).loss.total
+    assert torch.equal(first, second)
+    model.backbone.stages[3][-1].p = 0.4
+    assert not torch.equal(first, step(batch).loss.total)
 
 
-def test_items_of_the_data_set_do_not_depend_on_how_they_are_shared_out(tmp_path):
-    pool = FramePool(tmp_path, seed=3, size=4)
-    all_of_them = StreetFrames(pool, range(4), width=160, height=96)
-    second_rank = StreetFrames(pool, range(1, 4, 2), width=160, height=96)
-    image, people = second_rank[1]
-    assert torch.equal(image, all_of_them[3][0])
-    assert torch.equal(people.boxes_norm, all_of_them[3][1].boxes_norm)
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"preset": "psdiff_r51"}, {}, "preset must be one of .*; did you mean psdiff_r50"),
+        ({}, {"init": Path("nowhere")}, "checkpoint must be a .safetensors file, got nowhere"),
+        ({}, {"backbone_weights": "nowhere.pth"}, "backbone weights must be imagenet or"),
+    ],
+)
+def test_a_wrong_start_is_told_before_anything_is_written(tmp_path, changes, options, message):
+    with pytest.raises(StartError, match=message):
+        training.train(tiny_recipe(**changes), tmp_path / "run", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_mirroring_twice_is_the_original(tmp_path):
-    image, boxes, _ = FramePool(tmp_path, seed=3, size=4).frame(0)
-    once = mirrored(image, boxes)
-    twice = mirrored(*once)
-    assert (twice[0] == image).all()
-    assert abs(twice[1] - boxes).max() < 1e-4 if len(boxes) else True
-    assert (once[0] != image).any()
+def test_running_averages_weigh_the_new_value_by_a_fiftieth():
+    averages = RunningAverages({"total": 10.0})
+    averages.add("total", 0.0)
+    averages.add("l1", 3.0)
+    assert averages.values == {"total": pytest.approx(9.8), "l1": 3.0}
 
 
-def test_wrong_embeddings_are_unit_vectors_within_the_error():
-    generator = torch.Generator().manual_seed(0)
-    true = torch.nn.functional.normalize(torch.randn(500, 64, generator=generator), dim=1)
-    wrong = wrong_embeddings(true, 0.7)
-    cosine = (true * wrong).sum(1)
-    torch.testing.assert_close(wrong.norm(dim=1), torch.ones(500))
-    assert cosine.min() >= 0.3 - 1e-4
-    assert cosine.mean().item() == pytest.approx(0.65, abs=0.05)
+def test_the_stopwatch_tells_waiting_from_working():
+    def slow():
+        for item in range(3):
+            time.sleep(0.02)
+            yield item
+
+    watch = Stopwatch()
+    for _ in watch.watch(slow()):
+        time.sleep(0.04)
+    assert 0.06 <= watch.waited < watch.seconds
+    assert watch.seconds - watch.waited >= 0.12
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (
-            "stages: [{width: 320, height: 192}]\nmaching: simota",
+            "stages: [{width: 320, height: 192, minutes: 1}]\nmaching: simota",
             r"maching must be a known key; did you mean matching\?",
         ),
         ("stages: [{width: 320, height: 190}]", "multiple of 32, got 190"),
+        ("stages: [{width: 320, height: 192}]", "stages.0: iterations or minutes must be given"),
+        ("stages: [{minutes: 1}]\ndata: {format: pwr}", "data.format: .*'prw'.* got 'pwr'"),
+        ("stages: [{minutes: 1}]\ndata: {folder: a}", "data.folder must be a known key"),
         ("stages: []", "at least 1 item"),
         ("stages: [", "recipe must be YAML"),
+        ("", "valid dictionary"),
     ],
 )
 def test_a_wrong_recipe_names_the_key(tmp_path, text, message):
@@ -157,48 +307,22 @@ def test_a_wrong_recipe_names_the_key(tmp_path, text, message):
         load_recipe(path)
 
 
-def test_the_shipped_recipe_loads():
-    from psdiff.training import recipe
+def test_a_recipe_that_is_saved_is_the_same_recipe(tmp_path):
+    data = {"format": "prw", "root": tmp_path, "embeddings": tmp_path / "a.npz"}
+    recipe = tiny_recipe(data=data, ema_decay=0.9998, stages=[tiny_stage(), tiny_stage(minutes=2.5)])
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
 
-    folder = recipe.RECIPES
-    assert [load_recipe(path).preset for path in sorted(folder.glob("*.yaml"))] == ["psdiff_mobile"]
 
-
-@pytest.mark.slow
-def test_one_image_is_learnt_by_heart():
-    """After 300 iterations on one image: loss down by 80 %, and every person described."""
-    torch.manual_seed(0)
-    model = PSDiff(PSDiffConfig.model_validate(TINY))
-    image = torch.full((1, 96, 160, 3), 90, dtype=torch.uint8)
-    boxes = torch.tensor([[20.0, 20, 44, 80], [70, 10, 100, 90], [120, 40, 140, 88]])
-    for (x1, y1, x2, y2), colour in zip(
-        boxes.int().tolist(), ((250, 30, 30), (30, 250, 30), (60, 60, 250)), strict=True
-    ):
-        image[0, y1:y2, x1:x2] = torch.tensor(colour, dtype=torch.uint8)
-    embeddings = torch.nn.functional.normalize(torch.randn(3, 64), dim=1)
-    people = [People(boxes / torch.tensor([160.0, 96, 160, 96]), embeddings)] * 4
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-    recipe = Recipe(stages=(Stage(width=160, height=96),), num_proposals=30, embedding_error=0.2)
-    losses = []
-    for iteration in range(300):
-        features = [feature.repeat(4, 1, 1, 1) for feature in model.backbone(image)]
-        group = noisy_group(model, people, recipe, max_timestep=1000 if iteration % 2 else 300)
-        prediction = model.denoiser(features, group.boxes_norm, group.emb_t, group.t, group.t_emb)
-        rows = [type(prediction)(*(part[i].detach() for part in prediction)) for i in range(4)]
-        matches = [
-            add_overlapping(
-                match(rows[i], people[i], "simota"), group.boxes_norm[i], people[i].boxes_norm, 0.5
-            )
-            for i in range(4)
-        ]
-        loss = set_loss(prediction, people, matches).total
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.2 * losses[0]
-    described = torch_detector(model).embed(image[0].numpy(), boxes.numpy(), steps=2)
-    assert (torch.from_numpy(described) * embeddings).sum(1).min() > 0.9
+def test_the_shipped_recipes_load():
+    found = {path.stem: load_recipe(path) for path in RECIPES.glob("*.yaml")}
+    assert {name: (recipe.preset, recipe.data.format) for name, recipe in found.items()} == {
+        "psdiff_mobile": ("psdiff_mobile", "street"),
+        "cuhk_sysu": ("psdiff_r50", "cuhk-sysu"),
+        "prw": ("psdiff_r50", "prw"),
+    }
+    for name in ("cuhk_sysu", "prw"):
+        [stage] = found[name].stages
+        assert (stage.width, stage.height, stage.iterations) == (1344, 768, 90_000)
+        assert stage.batch_size * stage.accumulate == 32
+        assert stage.learning_rate == 2.5e-5

@@ -45,10 +45,14 @@ class SetLoss(NamedTuple):
         )
 
 
-def set_loss(prediction: Prediction, people: Sequence[People], matches: Sequence[Match]) -> SetLoss:
+def set_loss(
+    prediction: Prediction, people: Sequence[People], matches: Sequence[Match], *, pairs: float | None = None
+) -> SetLoss:
     """Loss of a batch of predictions (B, N, ...) against the people of each image, as matched.
 
-    Images without people count in the classification alone.
+    Images without people count in the classification alone, people without a known embedding not in `reid`.
+    pairs: what the sums are divided by; the default is the number of matched pairs, at least 1. Processes that
+    share a batch pass the mean over all of them.
     """
     image = torch.cat([torch.full_like(m.proposals, i) for i, m in enumerate(matches)])
     proposal = torch.cat([m.proposals for m in matches])
@@ -56,14 +60,15 @@ def set_loss(prediction: Prediction, people: Sequence[People], matches: Sequence
     embeddings = torch.cat([p.embeddings[m.people] for p, m in zip(people, matches, strict=True)])
     is_person = torch.zeros_like(prediction.logits)
     is_person[image, proposal] = 1.0
-    pairs = max(len(proposal), 1)
+    pairs = max(len(proposal), 1) if pairs is None else pairs
+    distance = reid_distance(prediction.embeddings[image, proposal], embeddings)
     focal = sigmoid_focal_loss(prediction.logits, is_person, FOCAL_ALPHA, FOCAL_GAMMA, reduction="sum")
     predicted_boxes = prediction.boxes_norm[image, proposal]
     return SetLoss(
         classification=focal / pairs,
         l1=F.l1_loss(predicted_boxes, boxes, reduction="sum") / pairs,
         giou=generalized_box_iou_loss(predicted_boxes, boxes, reduction="sum") / pairs,
-        reid=reid_distance(prediction.embeddings[image, proposal], embeddings).sum() / pairs,
+        reid=(distance * embeddings.any(dim=1)).sum() / pairs,
     )
 
 

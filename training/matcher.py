@@ -1,4 +1,4 @@
-"""Which proposal answers for which person: Hungarian (one to one) and SimOTA (one to many).
+"""Which proposal answers for which person: Hungarian (one to one), SimOTA (one to many), or its origin.
 
 Legend: N proposals, M people of one image, E embedding dimension. Everything here is without gradient.
 """
@@ -15,7 +15,7 @@ from torchvision.ops import box_iou, generalized_box_iou
 
 from ..models.denoiser import Prediction
 
-Matching = Literal["hungarian", "simota"]
+Matching = Literal["hungarian", "simota", "origin"]
 
 # Focal loss constants (Lin et al., arXiv:1708.02002) and the weights of PSDiff, sec. IV-A.
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
@@ -34,26 +34,36 @@ class People(NamedTuple):
     boxes_norm: Tensor
     """(M, 4) xyxy normalised."""
     embeddings: Tensor
-    """(M, E) unit rows."""
+    """(M, E) unit rows; a row of zeros where nobody knows the embedding, which is then not learnt."""
 
 
 class Match(NamedTuple):
-    """Pairs: proposals[i] answers for people[i]; a proposal occurs once, a person at least once."""
+    """Pairs: proposals[i] answers for people[i]; a proposal occurs once, a person at least once.
+
+    Under `origin`, and where there are fewer proposals than people, a person may be left without.
+    """
 
     proposals: Tensor
     people: Tensor
 
 
 @torch.no_grad()
-def match(prediction: Prediction, people: People, matching: Matching) -> Match:
-    """Match the N proposals of one image (fields without B) with its M people."""
+def match(prediction: Prediction, people: People, matching: Matching, origin: Tensor) -> Match:
+    """Match the N proposals of one image (fields without B) with its M people.
+
+    `hungarian` minimises the total cost of one proposal a person (PSDiff, sec. III-D); `simota` gives each
+    person as many as fit it; `origin` (N,) gives each proposal the person it was made from by noise, -1 for none.
+    """
     if len(people.boxes_norm) == 0:
-        nothing = torch.zeros(0, dtype=torch.int64)
+        nothing = torch.zeros(0, dtype=torch.int64, device=people.boxes_norm.device)
         return Match(nothing, nothing)
+    if matching == "origin":
+        proposals = (origin >= 0).nonzero()[:, 0]
+        return Match(proposals, origin[proposals])
     cost = matching_cost(prediction, people)
     if matching == "hungarian":
         rows, columns = linear_sum_assignment(cost.cpu().numpy())
-        return Match(torch.as_tensor(rows), torch.as_tensor(columns))
+        return Match(*(torch.as_tensor(index, device=cost.device) for index in (rows, columns)))
     return _simota(cost, prediction.boxes_norm, people.boxes_norm)
 
 
@@ -62,12 +72,14 @@ def matching_cost(prediction: Prediction, people: People) -> Tensor:
     probability = prediction.logits.sigmoid()[:, None]
     positive = FOCAL_ALPHA * (1 - probability) ** FOCAL_GAMMA * -(probability + 1e-8).log()
     negative = (1 - FOCAL_ALPHA) * probability**FOCAL_GAMMA * -(1 - probability + 1e-8).log()
-    return (
+    cost = (
         WEIGHT_CLASS * (positive - negative)
         + WEIGHT_L1 * torch.cdist(prediction.boxes_norm, people.boxes_norm, p=1)
         - WEIGHT_GIOU * generalized_box_iou(prediction.boxes_norm, people.boxes_norm)
         + WEIGHT_REID * torch.cdist(F.normalize(prediction.embeddings, dim=-1), people.embeddings)
     )
+    # A prediction that is no number is told by the loss, which keeps the batch, not by the matching.
+    return cost.nan_to_num(nan=BACKGROUND_COST, posinf=BACKGROUND_COST)
 
 
 def _simota(cost: Tensor, boxes: Tensor, people_boxes: Tensor) -> Match:

@@ -1,60 +1,47 @@
-"""The training loop: synthetic frames in, checkpoint out.
+"""The training loop: labelled frames in, checkpoint out.
 
-Legend: B images, G groups of proposals per image, V = B*G rows, N proposals, E embedding dimension.
+In the folder of a run: model.safetensors (what export takes), recipe.yaml, resume.pt (what the run goes on from),
+log.jsonl, tensorboard/, and non_finite_batch.pt after a loss that was no number.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..models.backbone import freeze_stages, initial_weights, load_initial_weights
-from ..models.config import PSDiffConfig, load_preset
-from ..models.denoiser import Prediction
-from ..models.person_search import PSDiff, load_checkpoint, save_checkpoint
-from .dataset import Batch, FramePool, street_batches
-from .losses import SetLoss, set_loss
-from .matcher import Match, People, add_overlapping, match
-from .noising import NoisyGroup, noisy_group
-from .recipe import Recipe, Stage
+from ..models.backbone import freeze_stages
+from ..models.config import PSDiffConfig
+from ..models.person_search import PSDiff, save_checkpoint
+from . import processes
+from .dataset import Batch, CanvasFrames, FrameSource, frame_batches
+from .noising import image_generator
+from .objective import Objective, denoising_objective
+from .progress import Progress, RunLog, RunningAverages, Stopwatch
+from .recipe import Recipe, Stage, save_recipe
+from .resume import RECIPE, STATE, ResumeError, RunState, load_state, recipe_key, save_state
+from .sources import check_embedding_dim, open_source
+from .start import resized, start, start_again
 
 CHECKPOINT = "model.safetensors"
-LOG = "log.jsonl"
+NON_FINITE_BATCH = "non_finite_batch.pt"
 
-# Two groups of proposals share the features of an image: one as in the paper, one with little box noise.
-GROUPS = 2
-
-# More frames than any run reads; the loader counts them lazily.
+# More images than any run reads; the loader counts them lazily.
 ENDLESS = 1 << 40
 
-# The learning rate is constant for this share of a stage, then falls along a cosine to FINAL_RATE of it.
-CONSTANT_SHARE = 0.5
-FINAL_RATE = 0.02
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands; handed to the caller after every iteration."""
-
-    stage: int
-    share: float
-    """Of the stage, in [0, 1]."""
-    iteration: int
-    images_per_s: float
-    loss: float
-    image_cosine: float
-    """Cosine of predicted and true embedding on people whose e_t was pure noise: what is seen, not copied."""
+# `steps`: 70k and 84k of the paper's 90k iterations. `cosine`: constant for half a stage, down to FINAL_RATE.
+STEP_SHARES = (70 / 90, 84 / 90)
+CONSTANT_SHARE, FINAL_RATE = 0.5, 0.02
+WARMUP_START = 0.01
 
 
 class NonFiniteLossError(RuntimeError):
@@ -68,235 +55,285 @@ def train(
     backbone_weights: str | None = None,
     init: Path | None = None,
     frames_folder: Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Run the recipe's stages; return the checkpoint's path.
 
-    Under torchrun each rank draws its own frames and the gradients are averaged; rank 0 writes.
-    out: folder for checkpoint and log. backbone_weights: see models.backbone.initial_weights; None starts
-    from random weights. init: a checkpoint to go on from instead. frames_folder: where drawn
-    frames are kept, default out.
+    Under torchrun the processes share each batch; the first writes. backbone_weights: see
+    models.backbone.initial_weights; None starts from random weights. init: a checkpoint to start from instead,
+    whatever the recipe's preset. frames_folder: where drawn frames are kept, default out. resume: go on from
+    out/resume.pt to the same weights as if the run had never stopped; backbone_weights and init are of no
+    account. device: cpu or cuda; under torchrun each process takes the cuda device of its local rank. Raises
+    ResumeError, RecipeError, StartError, DatasetError and CacheError before anything is written, and
+    NonFiniteLossError.
     """
     torch.manual_seed(recipe.seed)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    if not resume and (out / STATE).exists():
+        raise ResumeError(
+            f"out must be a new folder, got {out} with a run in it; add --resume, or choose another"
+        )
+    state = load_state(out, recipe, processes.count()) if resume else None
+    model, notes = start(recipe, backbone_weights, init) if state is None else start_again(state)
+    source = open_source(recipe, frames_folder or out)
+    check_embedding_dim(source, model.config)
     out.mkdir(parents=True, exist_ok=True)
-    model, notes = start(recipe, backbone_weights, init)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    # The ranks start from the same weights, then draw noise of their own.
-    torch.manual_seed(recipe.seed + _rank())
-    final = model.config
-    frames_read = int(notes.get("frames", 0))
-    for number, stage in enumerate(recipe.stages):
-        model = resized(model, stage.width, stage.height, reference=final)
-        trainer = _Trainer(model, recipe, stage, out=out, frames_folder=frames_folder or out, notes=notes)
-        frames_read = trainer.run(number, frames_read, on_progress)
+    with (
+        processes.together(device) as place,
+        closing(
+            RunLog(out, enabled=processes.is_first(), resumed_at=state.samples if state else None)
+        ) as log,
+    ):
+        if processes.is_first():
+            save_recipe(recipe, out / RECIPE)
+        final, samples = model.config, 0
+        for number, stage in enumerate(recipe.stages):
+            model = resized(model, stage.width, stage.height, reference=final).to(place)
+            if state is not None and number < state.stage:
+                continue
+            trainer = _Trainer(model, recipe, number, reference=final, out=out, notes=notes, log=log)
+            trainer.samples = samples
+            if state is not None and number == state.stage:
+                trainer.restore(state)
+            trainer.run(source, on_progress)
+            samples, notes = trainer.samples, trainer.notes
     return out / CHECKPOINT
 
 
-def start(recipe: Recipe, backbone_weights: str | None, init: Path | None) -> tuple[PSDiff, dict[str, Any]]:
-    """The model to train and the notes on its origin."""
-    if init is not None:
-        return load_checkpoint(init)
-    config = load_preset(recipe.preset)
-    notes: dict[str, Any] = {"preset": recipe.preset, "initial_backbone_weights": backbone_weights}
-    if backbone_weights is None:
-        return PSDiff(config), notes
-    weights = initial_weights(config.backbone, backbone_weights)
-    notes["initial_backbone_weights"] = Path(backbone_weights).name
-    config = config.model_copy(update={"pixel_mean": weights.pixel_mean, "pixel_std": weights.pixel_std})
-    model = PSDiff(config)
-    load_initial_weights(model.backbone, config.backbone, weights)
-    return model, notes
+class _Step(nn.Module):
+    """Model and objective as one module, so that DistributedDataParallel can average the gradients."""
+
+    def __init__(self, model: PSDiff, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, batch: Batch) -> Objective:
+        """Batch on the CPU -> its loss on the device of the model."""
+        device = next(self.model.parameters()).device
+        generators = [image_generator(self.recipe.seed, sample) for sample in batch.samples]
+        # Swin drops paths by the global generator: a resumed run must drop the same ones.
+        torch.manual_seed(generators[0].initial_seed())
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+            features = [level.float() for level in self.model.backbone(batch.images.to(device))]
+            return denoising_objective(self.model.denoiser, features, batch.people, self.recipe, generators)
 
 
-def resized(model: PSDiff, width: int, height: int, *, reference: PSDiffConfig) -> PSDiff:
-    """The same weights for another canvas; boxes of the same share of the canvas keep their pyramid level."""
-    canonical_size = reference.canonical_size * width / reference.width
-    update = {"width": width, "height": height, "canonical_size": canonical_size}
-    other = PSDiff(model.config.model_copy(update=update))
-    other.load_state_dict(model.state_dict())
-    return other
+class _Losses(NamedTuple):
+    """The means over all processes of one step of the optimizer."""
 
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes and reports; also before the ranks have met."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    total: float
+    classification: float
+    l1: float
+    giou: float
+    reid: float
 
 
 class _Trainer:
-    """One stage: model, optimiser, and the running averages that are reported."""
+    """One stage: model, optimizer, and what is reported of them."""
 
     def __init__(
         self,
         model: PSDiff,
         recipe: Recipe,
-        stage: Stage,
+        number: int,
         *,
+        reference: PSDiffConfig,
         out: Path,
-        frames_folder: Path,
         notes: dict[str, Any],
+        log: RunLog,
     ) -> None:
-        self.model, self.recipe, self.stage = model.train(), recipe, stage
-        self.out, self.frames_folder, self.notes = out, frames_folder, notes
+        self.recipe, self.number, self.stage = recipe, number, recipe.stages[number]
+        self.model, self.reference = model.train(), reference
+        self.out, self.notes, self.log = out, notes, log
         freeze_stages(model.backbone, recipe.frozen_stages)
         body = [p for p in model.backbone.stages.parameters() if p.requires_grad]
         rest = [*model.backbone.fpn.parameters(), *model.denoiser.parameters()]
         self.parameters = body + rest
         self.optimizer = torch.optim.AdamW(
             [{"params": body, "factor": recipe.backbone_learning_rate}, {"params": rest, "factor": 1.0}],
-            lr=stage.learning_rate,
+            lr=self.stage.learning_rate,
             weight_decay=recipe.weight_decay,
         )
-        self.averages: dict[str, float] = {}
+        self.step: nn.Module = _Step(model, recipe)
+        if processes.count() > 1:
+            self.step = DistributedDataParallel(self.step, broadcast_buffers=False)
+        self.average = None
+        if recipe.ema_decay is not None:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self.averages = RunningAverages()
+        self.iteration, self.samples, self.seconds = 0, 0, 0.0
 
-    def run(self, number: int, frames_read: int, on_progress: Callable[[Progress], None]) -> int:
-        """Train to the end of the stage; returns how many frames of the run were drawn so far."""
-        began = saved = time.monotonic()
-        iteration = 0
-        for iteration, batch in enumerate(self._batches(frames_read)):
-            share = self._agreed(self._share(iteration, (time.monotonic() - began) / 60))
-            if share >= 1:
-                break
-            self._set_learning_rate(iteration, share)
-            self._step(batch)
-            frames_read += len(batch.people) * _world_size()
-            now = time.monotonic()
-            rate = (iteration + 1) * len(batch.people) * _world_size() / (now - began)
-            progress = Progress(
-                number, share, iteration + 1, rate, self.averages["total"], self.averages["image_cosine"]
+    def restore(self, state: RunState) -> None:
+        """Go back to where a run was; the optimizer's moments included."""
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.average is not None and state.average is not None:
+            self.average.load_state_dict(state.average)
+        self.averages = RunningAverages(state.averages)
+        self.iteration, self.samples, self.seconds = state.iteration, state.samples, state.seconds
+        self.notes = json.loads(state.notes)
+
+    def run(self, source: FrameSource, on_progress: Callable[[Progress], None]) -> None:
+        """Train to the end of the stage and save."""
+        watch, saved = Stopwatch(), time.monotonic()
+        before, images = self.seconds, 0
+        batches = watch.watch(self._batches(source))
+        # The first process's clock decides for all, or they would leave the loop apart.
+        while (share := processes.of_first(self._share())) < 1:
+            self._set_learning_rate(share)
+            micro_batches = [next(batches) for _ in range(self.stage.accumulate)]
+            losses, image_cosine = self._optimize(micro_batches)
+            images += self._images_a_step
+            self.seconds = before + watch.seconds
+            self._record(losses, image_cosine)
+            on_progress(
+                Progress(
+                    stage=self.number,
+                    share=min(1.0, self._share()),
+                    iteration=self.iteration,
+                    images_per_s=images / watch.seconds,
+                    loader_share=watch.waited / watch.seconds,
+                    loss=self.averages.values["total"],
+                    image_cosine=self.averages.values.get("image_cosine", 0.0),
+                )
             )
-            on_progress(progress)
-            if now - saved > 60 * self.recipe.save_every_minutes:
-                self._save(number, iteration + 1, frames_read, now - began)
-                saved = now
-        self._save(number, iteration, frames_read, time.monotonic() - began)
-        self.notes.setdefault("stages", []).append(self._stage_notes(iteration, time.monotonic() - began))
-        if _rank() == 0:
-            save_checkpoint(self.model, self.out / CHECKPOINT, self.notes)
-        return frames_read
+            if time.monotonic() - saved > 60 * self.recipe.save_every_minutes:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        # After the state: a run that is killed here and resumed ends the stage, and notes it, once.
+        self.notes.setdefault("stages", []).append(self._stage_notes())
+        self._save_checkpoint()
 
-    def _batches(self, start: int) -> Iterator[Batch]:
-        stage, recipe = self.stage, self.recipe
-        return street_batches(
-            FramePool(self.frames_folder, recipe.seed, recipe.frames),
-            range(start + _rank(), ENDLESS, _world_size()),
-            width=stage.width,
-            height=stage.height,
-            batch_size=stage.batch_size,
-            workers=recipe.loader_workers,
+    def _batches(self, source: FrameSource) -> Iterable[Batch]:
+        indices = range(self.samples + processes.rank(), ENDLESS, processes.count())
+        frames = CanvasFrames(
+            source, indices, seed=self.recipe.seed, width=self.stage.width, height=self.stage.height
+        )
+        return frame_batches(frames, batch_size=self.stage.batch_size, workers=self.recipe.loader_workers)
+
+    def _optimize(self, micro_batches: list[Batch]) -> tuple[_Losses, float | None]:
+        """One step of the optimizer on the mean gradient of the micro-batches."""
+        self.optimizer.zero_grad()
+        losses, cosines = [], []
+        for number, batch in enumerate(micro_batches):
+            is_last = number == len(micro_batches) - 1
+            # The processes exchange gradients once, after the last micro-batch.
+            waits = isinstance(self.step, DistributedDataParallel) and not is_last
+            with self.step.no_sync() if waits else nullcontext():  # pyright: ignore[reportCallIssue]
+                objective: Objective = self.step(batch)
+                loss = _Losses(*processes.mean(torch.stack([objective.loss.total, *objective.loss])).tolist())
+                if not math.isfinite(loss.total):
+                    self._stop(batch, f"loss must be finite, got {loss._asdict()}", objective.loss.total)
+                (objective.loss.total / len(micro_batches)).backward()
+            losses.append(loss)
+            cosines += [] if objective.image_cosine is None else [objective.image_cosine]
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_gradient_norm)
+        if not norm.isfinite():
+            self._stop(micro_batches[-1], f"norm of the gradient must be finite, got {norm.item()}", norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.iteration += 1
+        self.samples += self._images_a_step
+        means = _Losses(*(sum(parts) / len(losses) for parts in zip(*losses, strict=True)))
+        return means, sum(cosines) / len(cosines) if cosines else None
+
+    @property
+    def _images_a_step(self) -> int:
+        return self.stage.batch_size * self.stage.accumulate * processes.count()
+
+    def _stop(self, batch: Batch, message: str, own: Tensor) -> NoReturn:
+        """Keep the batch of a process whose own number is not finite; all of them stop."""
+        path = self.out / NON_FINITE_BATCH
+        if not own.isfinite():
+            temporary = path.with_name(f".{path.name}-{processes.rank()}")
+            kept = {
+                "samples": batch.samples,
+                "images": batch.images,
+                "people": [tuple(p) for p in batch.people],
+            }
+            torch.save(kept, temporary)
+            temporary.replace(path)
+        raise NonFiniteLossError(
+            f"{message}, at iteration {self.iteration} of stage {self.number}; the batch is in {path}; train again "
+            f"with a lower learning_rate into another folder, where there is one from --init {self.out / CHECKPOINT}"
         )
 
-    def _step(self, batch: Batch) -> None:
-        loss, image_cosine = self._forward(batch)
-        if not torch.isfinite(loss.total):
-            torch.save(batch, self.out / "non_finite_batch.pt")
-            raise NonFiniteLossError(
-                f"loss must be finite, got {[part.item() for part in loss]}; the batch is in "
-                f"{self.out / 'non_finite_batch.pt'}; lower learning_rate and go on from the checkpoint"
-            )
-        self.optimizer.zero_grad()
-        loss.total.backward()
-        self._average_gradients()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.max_gradient_norm)
-        self.optimizer.step()
-        named = zip(loss._fields, (part.item() for part in loss), strict=True)
-        self._average({"total": loss.total.item(), "image_cosine": image_cosine, **dict(named)})
-
-    def _forward(self, batch: Batch) -> tuple[SetLoss, float]:
-        features = self.model.backbone(batch.images)
-        groups = [
-            noisy_group(self.model, batch.people, self.recipe, max_timestep=limit)
-            for limit in (self.model.config.num_timesteps, self.recipe.dense_max_timestep)
-        ]
-        inputs = NoisyGroup(*(torch.cat(parts) for parts in zip(*groups, strict=True)))
-        people = batch.people * GROUPS
-        repeated = [torch.cat([feature] * GROUPS) for feature in features]
-        prediction = self.model.denoiser(repeated, inputs.boxes_norm, inputs.emb_t, inputs.t, inputs.t_emb)
-        matches = [self._match(prediction, inputs.boxes_norm, people, row) for row in range(len(people))]
-        return set_loss(prediction, people, matches), self._image_cosine(prediction, inputs, people, matches)
-
-    def _match(self, prediction: Prediction, input_boxes: Tensor, people: list[People], row: int) -> Match:
-        alone = Prediction(*(part[row].detach() for part in prediction))
-        matched = match(alone, people[row], self.recipe.matching)
-        if self.recipe.dense_iou is None:
-            return matched
-        return add_overlapping(matched, input_boxes[row], people[row].boxes_norm, self.recipe.dense_iou)
-
-    @torch.no_grad()
-    def _image_cosine(
-        self, prediction: Prediction, inputs: NoisyGroup, people: list[People], matches: list[Match]
-    ) -> float:
-        cosines = [
-            F.cosine_similarity(
-                prediction.embeddings[row, m.proposals], people[row].embeddings[m.people], dim=1
-            )
-            for row, m in enumerate(matches)
-            if inputs.t_emb[row] == self.model.config.num_timesteps - 1
-        ]
-        pooled = torch.cat(cosines) if cosines else torch.zeros(0)
-        return pooled.mean().item() if len(pooled) else self.averages.get("image_cosine", 0.0)
-
-    def _average_gradients(self) -> None:
-        if _world_size() == 1:
-            return
-        # A parameter without gradient (an image without people) counts as zero, so that the ranks agree.
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        parts = (flat / _world_size()).split([p.numel() for p in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-
-    def _agreed(self, share: float) -> float:
-        """Rank 0's clock decides for all, or the ranks would leave the loop apart."""
-        if _world_size() == 1:
-            return share
-        value = torch.tensor(share, dtype=torch.float64)
-        dist.broadcast(value, src=0)
-        return value.item()
-
-    def _average(self, values: dict[str, float]) -> None:
+    def _record(self, losses: _Losses, image_cosine: float | None) -> None:
+        values = losses._asdict()
+        if image_cosine is not None:
+            values["image_cosine"] = image_cosine
         for name, value in values.items():
-            self.averages[name] = 0.98 * self.averages.get(name, value) + 0.02 * value
+            self.averages.add(name, value)
+        rate = self.optimizer.param_groups[-1]["lr"]
+        self.log.scalars(self.averages.values | {"learning_rate": rate}, self.iteration, self.samples)
 
-    def _share(self, iteration: int, minutes: float) -> float:
-        by_iterations = iteration / self.stage.iterations if self.stage.iterations else 0.0
-        by_minutes = minutes / self.stage.minutes if self.stage.minutes else 0.0
+    def _share(self) -> float:
+        by_iterations = self.iteration / self.stage.iterations if self.stage.iterations else 0.0
+        by_minutes = self.seconds / 60 / self.stage.minutes if self.stage.minutes else 0.0
         return max(by_iterations, by_minutes)
 
-    def _set_learning_rate(self, iteration: int, share: float) -> None:
-        warmup = min(1.0, (iteration + 1) / max(self.stage.warmup_iterations, 1))
-        falling = max(0.0, share - CONSTANT_SHARE) / (1 - CONSTANT_SHARE)
-        cosine = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * falling))
-        decay = cosine if self.stage.decay else 1.0
+    def _set_learning_rate(self, share: float) -> None:
+        factor = learning_rate_factor(self.stage, self.iteration, share)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.stage.learning_rate * group["factor"] * warmup * decay
+            group["lr"] = self.stage.learning_rate * group["factor"] * factor
 
-    def _save(self, number: int, iteration: int, frames: int, seconds: float) -> None:
-        if _rank() != 0:
+    def _save(self) -> None:
+        if not processes.is_first():
             return
-        self.notes["frames"] = frames
-        save_checkpoint(self.model, self.out / CHECKPOINT, self.notes)
-        entry = {"stage": number, "iteration": iteration, "minutes": round(seconds / 60, 2), **self.averages}
-        with (self.out / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.notes["frames"] = self.samples
+        save_state(self._state(), self.out)
+        self._save_checkpoint()
+        minutes = round(self.seconds / 60, 2)
+        self.log.line(
+            {"stage": self.number, "iteration": self.iteration, "minutes": minutes, **self.averages.values}
+        )
 
-    def _stage_notes(self, iterations: int, seconds: float) -> dict[str, Any]:
+    def _save_checkpoint(self) -> None:
+        if processes.is_first():
+            averaged = self.model if self.average is None else self.average.module
+            assert isinstance(averaged, PSDiff)
+            save_checkpoint(averaged, self.out / CHECKPOINT, self.notes)
+
+    def _state(self) -> RunState:
+        return RunState(
+            recipe=recipe_key(self.recipe),
+            processes=processes.count(),
+            config=self.reference.model_dump_json(),
+            stage=self.number,
+            iteration=self.iteration,
+            samples=self.samples,
+            seconds=self.seconds,
+            model=self.model.state_dict(),
+            average=None if self.average is None else self.average.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            averages=self.averages.values,
+            notes=json.dumps(self.notes),
+        )
+
+    def _stage_notes(self) -> dict[str, Any]:
         return {
             "width": self.stage.width,
             "height": self.stage.height,
-            "batch_size": self.stage.batch_size,
-            "processes": _world_size(),
-            "iterations": iterations,
-            "minutes": round(seconds / 60, 1),
+            "batch_size": self.stage.batch_size * self.stage.accumulate,
+            "processes": processes.count(),
+            "iterations": self.iteration,
+            "minutes": round(self.seconds / 60, 1),
+            "images_per_s": round(self.iteration * self._images_a_step / self.seconds, 2),
         }
+
+
+def learning_rate_factor(stage: Stage, iteration: int, share: float) -> float:
+    """What the stage's learning rate is multiplied with: linear warm-up, then the decay of the recipe."""
+    progress = min(1.0, iteration / stage.warmup_iterations) if stage.warmup_iterations else 1.0
+    warmup = WARMUP_START + (1 - WARMUP_START) * progress
+    if stage.decay == "steps":
+        return warmup * 0.1 ** sum(share >= milestone for milestone in STEP_SHARES)
+    if stage.decay == "cosine":
+        falling = max(0.0, share - CONSTANT_SHARE) / (1 - CONSTANT_SHARE)
+        return warmup * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * falling)))
+    return warmup
