@@ -46,8 +46,9 @@ setup: $(DEV)  ## install everything: training, export, tests, checkers (PyTorch
 
 setup-base: $(BASE)  ## install what running needs, without PyTorch
 
-bench: $(DEV)  ## measure detection: a table, and JSON in benchmarks/results
+bench: $(DEV)  ## measure detection and training: tables, and JSON in benchmarks/results
 	$(BIN)/python benchmarks/bench_detect.py
+	$(BIN)/python benchmarks/bench_train.py
 
 train-demo: $(DEV)  ## train, export and score the shipped model again (hours on two cores)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) -m psdiff train --recipe $(RECIPE) \
