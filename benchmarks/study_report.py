@@ -161,8 +161,10 @@ def _plot_steps(runs: Sequence[Run]) -> Path:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     base = _of(runs, BASE)
-    curves = {"DDIM": [run["scores"] for run in base]}
+    curves = {}
+    # All on the same frames: the base's own scores are of more of them.
     for name in (
+        PLAIN_SAMPLING.name,
         "even grid",
         "ensemble",
         "fresh noise each step",
