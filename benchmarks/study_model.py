@@ -112,7 +112,7 @@ def _save_projections(backbone: nn.Module, canvases: NDArray[np.uint8], path: Pa
         arrays[f"kept{2 + number}"] = (values[-CHANNELS:].sum() / values.sum()).numpy()
     temporary = path.with_name(f".{path.name}")
     np.savez(temporary, **arrays)
-    (temporary if temporary.suffix == ".npz" else Path(f"{temporary}.npz")).replace(path)
+    temporary.replace(path)
 
 
 def save_features(

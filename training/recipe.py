@@ -7,15 +7,17 @@ depart from them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..models.diffusion import Padding
 from .matcher import Matching
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -108,21 +110,28 @@ class Recipe(BaseModel):
 
 def load_recipe(path: Path) -> Recipe:
     """Read a YAML recipe. Raises RecipeError that names the first wrong key and the closest known one."""
+    return read_settings(path, Recipe, parts=(Stage, Data))
+
+
+def read_settings(path: Path, kind: type[Settings], *, parts: Sequence[type[BaseModel]]) -> Settings:
+    """Read a YAML file as settings of a kind; parts: the models inside it, whose keys may be meant too.
+
+    Raises RecipeError that names the first wrong key and the closest known one.
+    """
     if not path.is_file():
         raise RecipeError(f"recipe must be a YAML file, got {path}, which does not exist")
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe must be YAML, got {path}: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        message = f"{where}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
         if first["type"] == "extra_forbidden":
-            raise RecipeError(
-                f"{path}: {where} must be a known key{_closest(str(first['loc'][-1]))}"
-            ) from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{path}: {where}: {message}, got {first['input']!r}") from None
+            known = [name for model in (kind, *parts) for name in model.model_fields]
+            message = f"{where} must be a known key{_closest(str(first['loc'][-1]), known)}"
+        raise RecipeError(f"{path}: {message}") from None
 
 
 def with_data(recipe: Recipe, changes: Mapping[str, object]) -> Recipe:
@@ -143,7 +152,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     temporary.replace(path)
 
 
-def _closest(key: str) -> str:
-    known = [*Recipe.model_fields, *Stage.model_fields, *Data.model_fields]
+def _closest(key: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

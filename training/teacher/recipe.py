@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...models.reid_teacher import TeacherConfig
-from ..recipe import RecipeError
+from ..recipe import read_settings
 from .memory import MemorySettings
 
 
@@ -49,23 +47,4 @@ class TeacherRecipe(BaseModel):
 
 def load_teacher_recipe(path: Path) -> TeacherRecipe:
     """Read a YAML recipe. Raises RecipeError that names the first wrong key and the closest known one."""
-    if not path.is_file():
-        raise RecipeError(f"recipe must be a YAML file, got {path}, which does not exist")
-    try:
-        return TeacherRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe must be YAML, got {path}: {error}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        if first["type"] == "extra_forbidden":
-            message = f"{where} must be a known key{_closest(str(first['loc'][-1]))}"
-        else:
-            message = f"{where}: {first['msg']}, got {first['input']!r}"
-        raise RecipeError(f"{path}: {message}") from None
-
-
-def _closest(key: str) -> str:
-    parts = (TeacherRecipe, TeacherConfig, MemorySettings)
-    close = difflib.get_close_matches(key, [name for part in parts for name in part.model_fields], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return read_settings(path, TeacherRecipe, parts=(TeacherConfig, MemorySettings))
