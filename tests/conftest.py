@@ -130,6 +130,15 @@ def fake_detector_of(engine, manifest):
     return Detector(engine, SamplerSettings(**settings))
 
 
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory):
+    """The CUDA kernels, compiled for the CPU by g++ once a run."""
+    kernels_on_host = pytest.importorskip("kernels_on_host", reason="torch is not installed")
+    if kernels_on_host.missing_compiler():
+        pytest.skip(kernels_on_host.missing_compiler())
+    return kernels_on_host.HostKernels(kernels_on_host.build(tmp_path_factory.mktemp("kernels")))
+
+
 @pytest.fixture
 def manifest():
     return fake_manifest({"backbone.onnx": "ab" * 32})

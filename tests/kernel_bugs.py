@@ -1,0 +1,98 @@
+"""Bugs put into the kernels, each of which the checks must catch; a script, because some of them crash.
+
+python tests/kernel_bugs.py FOLDER builds each changed copy there and prints whether the checks caught it.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import kernel_cases as cases
+import kernels_on_host as host
+import torch
+
+ROI, CONV = "roi_align.cuh", "dynamic_conv.cuh"
+
+
+def roi_align_checks(kernels):
+    for seed in (0, 7, 8):
+        cases.check_roi_align(kernels, dtype=torch.float32, ratio=2, count=20, seed=seed)
+
+
+def gradient_checks(kernels):
+    cases.check_roi_align_grad(kernels, seed=5)
+
+
+def conv_checks(kernels, channels=128):
+    for seed in (0, 7, 8, 9):
+        for mean_only in (False, True):
+            settings = {"regions": 2, "seed": seed, "mean_only": mean_only}
+            cases.check_dynamic_conv(kernels, channels=channels, width=64, dtype=torch.float16, **settings)
+
+
+def wide_conv_checks(kernels):
+    """The size at which Y lies over the slot of the last stage."""
+    conv_checks(kernels, channels=256)
+
+
+# Name: file, text, what stands there instead at each place, who must notice.
+BUGS = {
+    "no bug": (ROI, "kPool", "kPool", roi_align_checks),
+    "a level too fine": (ROI, "(side >= 0.5f *", "(side >= 0.6f *", roi_align_checks),
+    "the last row reads the next": (ROI, "low >= size - 1", "low >= size", roi_align_checks),
+    "no barrier after the samples": (
+        ROI,
+        "  __syncthreads();\n  return level;",
+        "  return level;",
+        roi_align_checks,
+    ),
+    "x and y exchanged": (ROI, "axis[cell / kPool *", "axis[cell % kPool *", roi_align_checks),
+    "images exchanged": (ROI, "blockIdx.x / args.boxes", "blockIdx.x % args.boxes", roi_align_checks),
+    "a corner too few": (ROI, "number < 4 *", "number < 3 *", gradient_checks),
+    "a gradient without its weight": (ROI, "corner.weight * grad[i]", "grad[i]", gradient_checks),
+    "no barrier before a stage is read": (CONV, "next.\n  __syncthreads();", "next.", conv_checks),
+    "a stage is read before it came": (CONV, "Plan::kPending>", "Plan::kPending + 1>", conv_checks),
+    "a copy into the slot that is read": (CONV, "slots + ahead %", "slots + stage %", conv_checks),
+    "rows of P1 in the order of memory": (CONV, "= place_of_row(row)", "= row", conv_checks),
+    "chunks read where they do not lie": (CONV, "<kChunks>(row)", "<kChunks>(row + 1)", conv_checks),
+    "the mean of the other row": (CONV, "] - mean[half], right", "] - mean[0], right", conv_checks),
+    "no barrier before Y takes the slots": (CONV, "hold Y.\n  __syncthreads();", "hold Y.", wide_conv_checks),
+    "rows leave before they are staged": (
+        CONV,
+        "__syncwarp();\n  const int valid",
+        "const int valid",
+        conv_checks,
+    ),
+    "padded rows count for the mean": (CONV, "g + 8 < kCells;", "g + 8 < 64;", conv_checks),
+    "the mean before its sums": (CONV, "__syncthreads();\n  for (int pair", "for (int pair", conv_checks),
+    "hidden columns exchanged": (CONV, "[tile % 2 * 2] =", "[2 - tile % 2 * 2] =", conv_checks),
+}
+
+
+def is_caught(name, folder):
+    """Build a copy with the bug and run the checks in a process of their own: a crash counts as caught."""
+    file, old, new, checks = BUGS[name]
+    shutil.copytree(host.CSRC, folder / "csrc")
+    source = (folder / "csrc" / file).read_text(encoding="utf-8")
+    if old not in source:
+        raise SystemExit(f"{name}: the text {old!r} is no longer in {file}")
+    (folder / "csrc" / file).write_text(source.replace(old, new), encoding="utf-8")
+    channels = 256 if checks is wide_conv_checks else 128
+    flags = [f"-DPSD_CHANNELS={channels}", "-DPSD_WIDTH=64", "-O1", "-Wno-error"]
+    library = host.build(folder, folder / "csrc", *flags)
+    child = os.fork()
+    if child == 0:
+        try:
+            checks(host.HostKernels(library))
+        except (AssertionError, RuntimeError):
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
+
+
+if __name__ == "__main__":
+    for number, name in enumerate(BUGS):
+        folder = Path(sys.argv[1]) / str(number)
+        folder.mkdir()
+        print(f"{name}: {'caught' if is_caught(name, folder) else 'missed'}", flush=True)
