@@ -31,6 +31,9 @@ LIGHT = {"typer", "rich", "cli", "commands"}
 # An edge box installs no torch; these must load without it.
 TORCH_FREE = (
     "runtime",
+    "kernels.compile",
+    "kernels.device_array",
+    "kernels.launch",
     "training.synthetic",
     "training.datasets",
     "training.city",
