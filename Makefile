@@ -17,6 +17,13 @@ RECIPE ?= training/recipes/psdiff_mobile.yaml
 RANKS ?= 2
 TRAIN_OUT ?= psdiff-train
 
+# The CUDA kernels for TensorRT: architectures, and the folder of NvInferRuntime.h. JetPack 6: PLUGIN_SMS=87.
+NVCC ?= nvcc
+TENSORRT_INCLUDE ?=
+PLUGIN_SMS ?= 80 86 87 89 90 100 110 120
+PLUGIN_CODE = $(foreach sm,$(PLUGIN_SMS),-gencode arch=compute_$(sm),code=sm_$(sm)) \
+	-gencode arch=compute_$(lastword $(PLUGIN_SMS)),code=compute_$(lastword $(PLUGIN_SMS))
+
 # Stamps: an install is repeated when what it was made from is newer.
 BASE := .venv/.base-installed
 DEV := .venv/.dev-installed
@@ -24,7 +31,7 @@ SETUP := deploy/setup-venv.sh pyproject.toml setup.py
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check setup setup-base bench train-demo clean
+.PHONY: help demo test test-gpu check setup setup-base kernels trt-plugin bench bench-gpu train-demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +43,9 @@ test: $(DEV)  ## run every test that this machine can run; a skip says what is m
 	@deploy/setup-venv.sh rtsp
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+test-gpu: kernels  ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+
 check: $(DEV)  ## ruff, ruff format, pyright, and the rules of tests/test_architecture.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,9 +56,26 @@ setup: $(DEV)  ## install everything: training, export, tests, checkers (PyTorch
 
 setup-base: $(BASE)  ## install what running needs, without PyTorch
 
+kernels: $(DEV)  ## build the CUDA kernels for PyTorch (nvcc; TORCH_CUDA_ARCH_LIST=9.0 for one GPU)
+	PSDIFF_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+
+trt-plugin:  ## build/libpsdiff_trt.so, the TensorRT plugins (nvcc, TENSORRT_INCLUDE=folder of NvInferRuntime.h)
+	@test -f "$(TENSORRT_INCLUDE)/NvInferRuntime.h" || \
+		{ echo "TENSORRT_INCLUDE must be the folder of NvInferRuntime.h, got '$(TENSORRT_INCLUDE)'"; exit 2; }
+	@mkdir -p build
+	@printf '{ global: getCreators; setLoggerFinder; local: *; };\n' > build/trt_plugin.exports
+	$(NVCC) -std=c++17 -O3 -shared -cudart static \
+		-Xcompiler -fPIC,-fvisibility=hidden -Xlinker --version-script=build/trt_plugin.exports \
+		-isystem $(TENSORRT_INCLUDE) -I kernels/csrc $(PLUGIN_CODE) \
+		kernels/csrc/trt_plugin.cu -o build/libpsdiff_trt.so.part
+	@mv build/libpsdiff_trt.so.part build/libpsdiff_trt.so
+
 bench: $(DEV)  ## measure detection and training: tables, and JSON in benchmarks/results
 	$(BIN)/python benchmarks/bench_detect.py
 	$(BIN)/python benchmarks/bench_train.py
+
+bench-gpu: kernels  ## measure the kernels on a CUDA device: a table, and JSON in benchmarks/results
+	$(BIN)/python benchmarks/bench_kernels.py
 
 train-demo: $(DEV)  ## train, export and score the shipped model again (hours on two cores)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) -m psdiff train --recipe $(RECIPE) \

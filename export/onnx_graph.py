@@ -109,17 +109,19 @@ def _export(
 
 
 def multilevel_roi_align_graph(
-    features: Sequence[FLOAT], boxes_xyxy: FLOAT, pool_size: int, sampling_ratio: int, canonical_size: float
+    maps: Sequence[FLOAT], boxes_xyxy: FLOAT, pool_size: int, sampling_ratio: int, canonical_size: float
 ) -> FLOAT:
     """kernels.reference.multilevel_roi_align in ONNX: each box is pooled from its own level only.
 
-    features: (B, C, h, w) each. boxes_xyxy: (B, N, 4) canvas pixels. Returns (B*N, S*S, C).
+    maps: (B, h, w, C) each; ONNX pools (B, C, h, w), and the two transpositions cancel when a graph is optimised.
+    boxes_xyxy: (B, N, 4) canvas pixels. Returns (B*N, S*S, C).
     """
     rois = op.Reshape(boxes_xyxy, op.Constant(value_ints=[-1, 4]))
     image = _image_of_roi(boxes_xyxy)
-    level = _level_of_roi(rois, canonical_size, len(features))
+    level = _level_of_roi(rois, canonical_size, len(maps))
     pooled, order = [], []
-    for number, feature in enumerate(features):
+    for number, channels_last in enumerate(maps):
+        feature = op.Transpose(channels_last, perm=[0, 3, 1, 2])
         chosen = op.Squeeze(op.NonZero(op.Equal(level, op.Constant(value_int=number))), [0])
         region = op.RoiAlign(
             feature,

@@ -5,7 +5,8 @@ Legend: B images, N boxes an image, C channels, S pool size, P = S*S tokens, M =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,23 +46,63 @@ def multilevel_roi_align(
     Returns (B*N, S*S, C), tokens in row-major order. Differentiable in the features only.
     Source: He et al., Mask R-CNN (arXiv:1703.06870), with half-pixel alignment.
     """
-    images, boxes_per_image = boxes_xyxy.shape[:2]
-    rois = boxes_xyxy.detach().flatten(0, 1)
-    image_index = torch.arange(images, device=rois.device).repeat_interleave(boxes_per_image)
-    rois = torch.cat([image_index[:, None].to(rois.dtype), rois], dim=1)
-    levels = pyramid_levels(rois[:, 1:], canonical_size, len(features))
     pooled, order = [], []
-    for level, feature in enumerate(features):
-        chosen = torch.nonzero(levels == level)[:, 0]
+    for level, (chosen, rois) in enumerate(_rois_by_level(boxes_xyxy, canonical_size, len(features))):
         scale = 0.5 ** (level + FINEST_LEVEL)
-        region = roi_align(feature, rois[chosen], pool_size, scale, sampling_ratio, aligned=True)
-        pooled.append(region.flatten(2).transpose(1, 2))
+        # Half-precision coordinates miss by up to a cell, so half-precision maps are pooled in the boxes' type.
+        feature = features[level].to(rois.dtype)
+        region = roi_align(feature, rois, pool_size, scale, sampling_ratio, aligned=True)
+        pooled.append(region.flatten(2).transpose(1, 2).to(features[level].dtype))
         order.append(chosen)
     return torch.cat(pooled)[torch.argsort(torch.cat(order))]
 
 
+def multilevel_roi_align_grad(
+    grad_tokens: Tensor,
+    boxes_xyxy: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    sampling_ratio: int,
+    canonical_size: float,
+) -> list[Tensor]:
+    """The gradient of multilevel_roi_align in its features, from that of its tokens.
+
+    grad_tokens: (B*N, S*S, C). sizes: (h, w) of each level. Returns (B, C, h, w) a level.
+    """
+    images, channels, pool_size = len(boxes_xyxy), grad_tokens.shape[2], math.isqrt(grad_tokens.shape[1])
+    regions = grad_tokens.transpose(1, 2).unflatten(2, (pool_size, pool_size))
+    grads = []
+    for level, (chosen, rois) in enumerate(_rois_by_level(boxes_xyxy, canonical_size, len(sizes))):
+        shape = (images, channels, *sizes[level], sampling_ratio, True)
+        scale = 0.5 ** (level + FINEST_LEVEL)
+        grads.append(
+            torch.ops.torchvision._roi_align_backward(
+                regions[chosen].contiguous(), rois, scale, pool_size, pool_size, *shape
+            )
+        )
+    return grads
+
+
+def _rois_by_level(
+    boxes_xyxy: Tensor, canonical_size: float, num_levels: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each level: which of the B*N boxes it pools, and these as (image, x1, y1, x2, y2)."""
+    images, boxes_per_image = boxes_xyxy.shape[:2]
+    boxes = boxes_xyxy.detach().flatten(0, 1)
+    image_index = torch.arange(images, device=boxes.device).repeat_interleave(boxes_per_image)
+    rois = torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1)
+    levels = pyramid_levels(boxes, canonical_size, num_levels)
+    for level in range(num_levels):
+        chosen = torch.nonzero(levels == level)[:, 0]
+        yield chosen, rois[chosen]
+
+
 def dynamic_conv(
-    tokens: Tensor, params: Tensor, norm1: tuple[Tensor, Tensor], norm2: tuple[Tensor, Tensor]
+    tokens: Tensor,
+    params: Tensor,
+    norm1: tuple[Tensor, Tensor],
+    norm2: tuple[Tensor, Tensor],
+    epsilon: float = 1e-5,
 ) -> Tensor:
     """Two 1x1 convolutions whose kernels are each region's own, with LayerNorm and ReLU after each.
 
@@ -72,6 +113,6 @@ def dynamic_conv(
     width = norm1[0].shape[0]
     kernel1, kernel2 = params.split(channels * width, dim=1)
     hidden = tokens @ kernel1.view(regions, channels, width)
-    hidden = F.relu(F.layer_norm(hidden, (width,), *norm1))
+    hidden = F.relu(F.layer_norm(hidden, (width,), *norm1, epsilon))
     hidden = hidden @ kernel2.view(regions, width, channels)
-    return F.relu(F.layer_norm(hidden, (channels,), *norm2))
+    return F.relu(F.layer_norm(hidden, (channels,), *norm2, epsilon))

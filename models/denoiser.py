@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.ops import multilevel_roi_align
-from ..kernels.reference import FINEST_LEVEL, dynamic_conv
+from ..kernels.ops import dynamic_conv, multilevel_roi_align
+from ..kernels.reference import FINEST_LEVEL
 from .config import PSDiffConfig
 from .diffusion import NoiseSchedule
 

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from psdiff.kernels.ops import multilevel_roi_align_op
+from psdiff.kernels.ops import (
+    dynamic_conv_op,
+    implementation,
+    multilevel_roi_align_op,
+    roi_align_grad_op,
+)
 from psdiff.kernels.reference import dynamic_conv, multilevel_roi_align, pyramid_levels
 from psdiff.kernels.roi_bags import multilevel_roi_align_bags
 from torchvision.ops import roi_align
@@ -73,10 +78,70 @@ def test_bags_equal_torchvision_forward_and_backward(ratio, count):
         torch.testing.assert_close(bags, reference, atol=1e-3, rtol=1e-4)
 
 
-def test_the_graph_node_passes_opcheck():
-    features = [feature.detach() for feature in pyramid(64, 64)]
-    boxes = torch.tensor([[[4.0, 4, 40, 60], [0.0, 0, 8, 8]]]).repeat(2, 1, 1)
-    torch.library.opcheck(multilevel_roi_align_op, (features, boxes, 7, 2, 112.0))
+def channels_last(features):
+    return [feature.detach().permute(0, 2, 3, 1).contiguous().requires_grad_() for feature in features]
+
+
+# opcheck itself reads .grad of the copies that it makes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("count", [0, 2])
+def test_roi_align_is_a_sound_operator(count):
+    boxes = torch.tensor([[[4.0, 4, 40, 60], [0.0, 0, 8, 8]]]).repeat(2, 1, 1)[:, :count]
+    maps = channels_last(pyramid(64, 64))
+    torch.library.opcheck(multilevel_roi_align_op, (maps, boxes, 7, 2, 112.0))
+    upstream = torch.randn(2 * count, 49, 5)
+    sizes = [16, 8, 4, 2]
+    torch.library.opcheck(roi_align_grad_op, (upstream, boxes, sizes, sizes, 2, 112.0))
+
+
+def test_the_gradient_of_the_roi_align_operator_is_that_of_the_reference():
+    boxes = torch.tensor([[[4.0, 4, 40, 60], [0.0, 0, 200, 180]]]).repeat(2, 1, 1)
+    features = pyramid(64, 64)
+    settings = {"pool_size": 7, "sampling_ratio": 2, "canonical_size": 112.0}
+    expected = multilevel_roi_align(features, boxes, **settings)
+    maps = channels_last(features)
+    tokens = multilevel_roi_align_op(maps, boxes, *settings.values())
+    assert torch.equal(tokens, expected)
+    weights = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weights).sum().backward()
+    (tokens * weights).sum().backward()
+    for feature, level in zip(features, maps, strict=True):
+        torch.testing.assert_close(level.grad.permute(0, 3, 1, 2), feature.grad)
+
+
+def convolution(regions, channels, width, dtype):
+    """tokens, params, weight1, bias1, weight2, bias2, all to be differentiated."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(regions, 49, channels), (regions, 2 * channels * width), (width,), (width,)]
+    values = [
+        torch.randn(*shape, generator=generator, dtype=dtype) for shape in (*shapes, (channels,), (channels,))
+    ]
+    return [value.requires_grad_() for value in values]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_dynamic_conv_is_a_sound_operator():
+    for regions in (0, 2):
+        torch.library.opcheck(dynamic_conv_op, (*convolution(regions, 32, 8, torch.float32), 1e-5))
+
+
+def test_the_gradient_of_the_dynamic_conv_operator_is_that_of_the_reference():
+    ours, plain = convolution(3, 32, 8, torch.float32), convolution(3, 32, 8, torch.float32)
+    upstream = torch.randn(3, 49, 32, generator=torch.Generator().manual_seed(1))
+    out = dynamic_conv_op(*ours, 1e-5)
+    reference = dynamic_conv(*plain[:2], plain[2:4], plain[4:])
+    assert torch.equal(out, reference)
+    out.backward(upstream)
+    reference.backward(upstream)
+    for name, got, wanted in zip(("x", "p", "w1", "b1", "w2", "b2"), ours, plain, strict=True):
+        torch.testing.assert_close(
+            got.grad, wanted.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_processor_without_the_extension_says_what_it_runs():
+    assert "embedding bags" in implementation("cpu")
+    assert "kernels" in implementation("cuda")
 
 
 def test_dynamic_conv_is_two_matrix_products_with_norm_and_relu():
