@@ -256,8 +256,7 @@ def _on_data_set(
 
     detector, folder, _, wanted = _open(model, steps)
     with usage():
-        name = data_format.value.replace("-", "_")
-        load = partial(load_person_search, name, data, cross_camera=cross_camera)
+        load = partial(load_person_search, data_format.value, data, cross_camera=cross_camera)
         dataset, *more = (load(gallery_size=size) for size in gallery_sizes)
     others = {size: other.queries for size, other in zip(gallery_sizes[1:], more, strict=True)}
     scores = []

@@ -159,6 +159,29 @@ def test_a_bundle_is_judged_on_a_data_set(bundle_folder, posetrack_root, tmp_pat
     assert json.loads((tmp_path / "report/report.json").read_text()) == result
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "plots"),
+    [
+        (
+            "cuhk-sysu",
+            ["--gallery-size", "50,100"],
+            ["gallery_size.png", "precision_recall.png", "steps.png"],
+        ),
+        ("prw", ["--cross-camera"], ["precision_recall.png", "steps.png"]),
+    ],
+)
+def test_the_other_person_search_sets_are_judged_too(bundle_folder, tmp_path, name, options, plots):
+    write_set(name, tmp_path / "city", Plan(160, 40, seed=3, width=160, height=96, workers=1))
+    on_set = ["--format", name, "--data", tmp_path / "city", "--steps", "1,2", *options]
+    judged = psdiff("evaluate", bundle_folder, *on_set, "--out", tmp_path / "report", "--json")
+    assert judged.exit_code == 0, judged.output
+    result = json.loads(judged.stdout)
+    assert result["dataset"].startswith(name)
+    assert all(row["search"]["queries"] > 0 for row in result["scores"])
+    assert sorted(path.name for path in (tmp_path / "report").glob("*.png")) == plots
+
+
 def test_the_search_threshold_and_the_query_mode_reach_the_protocol(bundle_folder, posetrack_root):
     on_set = ["--format", "posetrack21", "--data", posetrack_root, "--steps", 1, "--batch-size", 2]
     judged = psdiff("evaluate", bundle_folder, *on_set, "--query-mode", "iou", "--score-threshold", 0.99)
