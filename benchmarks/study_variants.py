@@ -65,6 +65,7 @@ QUESTIONS: tuple[Question, ...] = (
             Variant("sa-only", {"dynamic_conv": False, "cross_attention": False}, paper="92.5 (SA)"),
             Variant("sa-dc", {"cross_attention": False}, paper="93.8 (SA + DC)"),
             Variant("sa-ca", {"dynamic_conv": False}, paper="94.3 (SA + CA)"),
+            Variant("ca-only", {"self_attention": "none", "dynamic_conv": False}),
         ),
         base_paper="95.1 (all)",
     ),
