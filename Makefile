@@ -74,8 +74,9 @@ bench: $(DEV)  ## measure detection and training: tables, and JSON in benchmarks
 	$(BIN)/python benchmarks/bench_detect.py
 	$(BIN)/python benchmarks/bench_train.py
 
-bench-gpu: kernels  ## measure the kernels on a CUDA device: a table, and JSON in benchmarks/results
+bench-gpu: kernels  ## measure kernels and networks on a CUDA device: a table, and JSON in benchmarks/results
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_gpu.py
 
 train-demo: $(DEV)  ## train, export and score the shipped model again (hours on two cores)
 	$(BIN)/torchrun --nproc-per-node $(RANKS) -m psdiff train --recipe $(RECIPE) \

@@ -73,8 +73,11 @@ def dynamic_conv(
     """Convolve (M, P, C) tokens with kernels of each region's own, (M, 2CD) -> (M, P, C); see kernels.reference."""
     if not _has_kernel_for(tokens, norm1[0]):
         return reference.dynamic_conv(tokens, params, norm1, norm2)
+    # Tokens come out of a LayerNorm, which autocast leaves in float32: products are to run in half precision.
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else tokens.dtype
     norms = [part.float() for part in (*norm1, *norm2)]
-    return dynamic_conv_op(tokens.contiguous(), params.to(tokens.dtype).contiguous(), *norms, EPSILON)
+    return dynamic_conv_op(tokens.to(dtype).contiguous(), params.to(dtype).contiguous(), *norms, EPSILON)
 
 
 def _has_kernel_for(tokens: Tensor, weight1: Tensor) -> bool:

@@ -88,10 +88,11 @@ class Denoiser(nn.Module):
         return Prediction(apply_deltas(boxes_norm, deltas), logits, embeddings)
 
     def _pool(self, features: Sequence[Tensor], boxes_norm: Tensor) -> Tensor:
-        height, width = (side * 2**FINEST_LEVEL for side in features[0].shape[-2:])
+        # Filled on the device: a list of numbers would be copied from the host, which a CUDA graph cannot hold.
+        height, width = (boxes_norm.new_full((1,), side * 2**FINEST_LEVEL) for side in features[0].shape[-2:])
         tokens = multilevel_roi_align(
             features,
-            boxes_norm * boxes_norm.new_tensor([width, height, width, height]),
+            boxes_norm * torch.cat([width, height, width, height]),
             pool_size=self.config.pool_size,
             sampling_ratio=self.config.sampling_ratio,
             canonical_size=self.config.canonical_size,
@@ -327,7 +328,7 @@ def _tower(inputs: int, channels: int, layers: int) -> nn.Sequential:
 
 def apply_deltas(boxes_norm: Tensor, deltas: Tensor) -> Tensor:
     """Move and resize xyxy boxes (..., 4) by (dx, dy, dw, dh), relative to each box's own size."""
-    dx, dy, dw, dh = (deltas / deltas.new_tensor(DELTA_WEIGHTS)).unbind(-1)
+    dx, dy, dw, dh = (part / weight for part, weight in zip(deltas.unbind(-1), DELTA_WEIGHTS, strict=True))
     x1, y1, x2, y2 = boxes_norm.unbind(-1)
     width, height = x2 - x1, y2 - y1
     cx, cy = (x1 + x2) / 2 + dx * width, (y1 + y2) / 2 + dy * height

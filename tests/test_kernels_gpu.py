@@ -11,6 +11,8 @@ import pytest
 import torch
 from psdiff.kernels import ops
 from psdiff.kernels.reference import multilevel_roi_align
+from psdiff.models.config import load_preset
+from psdiff.models.person_search import PSDiff
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,6 +105,23 @@ def test_a_captured_graph_gives_what_the_call_gave():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, wanted)
+
+
+@torch.inference_mode()
+def test_a_whole_denoising_step_is_captured():
+    config = load_preset("psdiff_mobile").model_copy(update={"height": 96, "width": 160, "num_proposals": 8})
+    model = PSDiff(config).eval().cuda()
+    features = model.backbone(torch.zeros(2, 96, 160, 3, dtype=torch.uint8, device="cuda"))
+    state = torch.randn(2, 8, 4, device="cuda"), torch.randn(2, 8, config.embedding_dim, device="cuda")
+    times = torch.full((2,), 999, device="cuda"), torch.full((2,), -1, device="cuda")
+    wanted = model.denoise_step(features, *state, *times)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model.denoise_step(features, *state, *times)
+    graph.replay()
+    torch.cuda.synchronize()
+    for got, value in zip(captured, wanted, strict=True):
+        torch.testing.assert_close(got, value)
 
 
 @pytest.mark.parametrize(
