@@ -102,7 +102,7 @@ def roi_align_launch(
     _check_pyramid("levels", levels, ("f32", "f16", "bf16"))
     regions = _check_boxes(levels, boxes_xyxy, sampling_ratio, canonical_size)
     channels, dtype = levels[0].shape[3], levels[0].dtype
-    _check("tokens", tokens, (regions, CELLS, channels), dtype)
+    check_array("tokens", tokens, (regions, CELLS, channels), dtype)
     args = np.zeros(1, ROI_ALIGN_ARGS)
     args["levels"] = [level.pointer for level in levels]
     args["tokens"] = tokens.pointer
@@ -124,10 +124,10 @@ def roi_align_grad_launch(
     roi_align_launch.
     """
     _check_pyramid("grad_levels", grad_levels, ("f32",))
-    _check_dtype("grad_tokens", grad_tokens, ("f32", "f16", "bf16"))
+    check_dtype("grad_tokens", grad_tokens, ("f32", "f16", "bf16"))
     _check_vectors(grad_levels[0].shape[3], grad_tokens.dtype)
     regions = _check_boxes(grad_levels, boxes_xyxy, sampling_ratio, canonical_size)
-    _check("grad_tokens", grad_tokens, (regions, CELLS, grad_levels[0].shape[3]), grad_tokens.dtype)
+    check_array("grad_tokens", grad_tokens, (regions, CELLS, grad_levels[0].shape[3]), grad_tokens.dtype)
     args = np.zeros(1, ROI_ALIGN_GRAD_ARGS)
     args["grad_levels"] = [level.pointer for level in grad_levels]
     args["grad_tokens"] = grad_tokens.pointer
@@ -151,22 +151,22 @@ def dynamic_conv_launch(
     bias) of D and of C, f32. out: (M, 49, C), or (M, C) for the mean over the tokens, written. C must be a
     multiple of 32, D 8 or a multiple of 16. Raises ValueError.
     """
-    _check_dtype("tokens", tokens, ("f32", "f16", "bf16"))
+    check_dtype("tokens", tokens, ("f32", "f16", "bf16"))
     dtype = tokens.dtype
     regions, _, channels = tokens.shape if len(tokens.shape) == 3 else (0, 0, 0)
-    _check("tokens", tokens, (regions, CELLS, channels), dtype)
+    check_array("tokens", tokens, (regions, CELLS, channels), dtype)
     _check_regions("tokens", regions)
     width = norm1[0].shape[0] if norm1[0].shape else 0
     if channels % 32 or not channels:
         raise ValueError(f"channels must be a multiple of 32, got {channels}")
     if width != 8 and (width % 16 or not width):
         raise ValueError(f"norm1 must be over 8 values or a multiple of 16, got {width}")
-    _check("params", params, (regions, 2 * channels * width), dtype)
+    check_array("params", params, (regions, 2 * channels * width), dtype)
     for name, norm, size in (("norm1", norm1, width), ("norm2", norm2, channels)):
         for part, array in zip(("weight", "bias"), norm, strict=True):
-            _check(f"{name} {part}", array, (size,), "f32")
+            check_array(f"{name} {part}", array, (size,), "f32")
     mean_only = len(out.shape) == 2
-    _check("out", out, (regions, channels) if mean_only else (regions, CELLS, channels), dtype)
+    check_array("out", out, (regions, channels) if mean_only else (regions, CELLS, channels), dtype)
     args = np.zeros(1, DYNAMIC_CONV_ARGS)
     for name, array in zip(
         DYNAMIC_CONV_ARGS.names or (), (tokens, params, *norm1, *norm2, out), strict=False
@@ -176,14 +176,29 @@ def dynamic_conv_launch(
     return Launch(f"psdiff_dynamic_conv_{dtype}_c{channels}_d{width}", (regions, 1, 1), 128, args)
 
 
+def check_array(name: str, array: DeviceArray, shape: tuple[int, ...], dtype: str) -> None:
+    """Raise ValueError unless an array has this shape and dtype and starts where kernels may load 16 bytes."""
+    check_dtype(name, array, (dtype,))
+    if array.shape != shape:
+        raise ValueError(f"{name} must be of shape {shape}, got {array.shape}")
+    if array.pointer % VECTOR_BYTES:
+        raise ValueError(f"{name} must start at a multiple of {VECTOR_BYTES} bytes, got {array.pointer:#x}")
+
+
+def check_dtype(name: str, array: DeviceArray, dtypes: tuple[str, ...]) -> None:
+    """Raise ValueError unless an array has one of these dtypes."""
+    if array.dtype not in dtypes:
+        raise ValueError(f"{name} must be {' or '.join(dtypes)}, got {array.dtype}")
+
+
 def _check_pyramid(name: str, levels: Sequence[DeviceArray], dtypes: tuple[str, ...]) -> None:
     if len(levels) != LEVELS:
         raise ValueError(f"{name} must be {LEVELS} arrays, p2 to p5, got {len(levels)}")
-    _check_dtype(f"{name}[0]", levels[0], dtypes)
+    check_dtype(f"{name}[0]", levels[0], dtypes)
     batch, channels = levels[0].shape[0], levels[0].shape[-1]
     for number, level in enumerate(levels):
         height, width = level.shape[1:3] if len(level.shape) == 4 else (0, 0)
-        _check(f"{name}[{number}]", level, (batch, height, width, channels), levels[0].dtype)
+        check_array(f"{name}[{number}]", level, (batch, height, width, channels), levels[0].dtype)
         if height < 1 or width < 1:
             raise ValueError(f"{name}[{number}] must have cells, got {level.shape}")
     _check_vectors(channels, levels[0].dtype)
@@ -201,7 +216,7 @@ def _check_boxes(
     """The number of regions."""
     batch = levels[0].shape[0]
     boxes_per_image = boxes_xyxy.shape[1] if len(boxes_xyxy.shape) == 3 else 0
-    _check("boxes_xyxy", boxes_xyxy, (batch, boxes_per_image, 4), "f32")
+    check_array("boxes_xyxy", boxes_xyxy, (batch, boxes_per_image, 4), "f32")
     _check_regions("boxes_xyxy", batch * boxes_per_image)
     if sampling_ratio not in SAMPLING_RATIOS:
         raise ValueError(f"sampling_ratio must be 1 or 2, got {sampling_ratio}")
@@ -222,19 +237,6 @@ def _fill_pooling(
 
 def _pooling_grid(regions: int, tokens: DeviceArray) -> tuple[int, int, int]:
     return regions, -(-tokens.shape[2] * ITEM_BYTES[tokens.dtype] // SLICE_BYTES), 1
-
-
-def _check(name: str, array: DeviceArray, shape: tuple[int, ...], dtype: str) -> None:
-    _check_dtype(name, array, (dtype,))
-    if array.shape != shape:
-        raise ValueError(f"{name} must be of shape {shape}, got {array.shape}")
-    if array.pointer % VECTOR_BYTES:
-        raise ValueError(f"{name} must start at a multiple of {VECTOR_BYTES} bytes, got {array.pointer:#x}")
-
-
-def _check_dtype(name: str, array: DeviceArray, dtypes: tuple[str, ...]) -> None:
-    if array.dtype not in dtypes:
-        raise ValueError(f"{name} must be {' or '.join(dtypes)}, got {array.dtype}")
 
 
 def _check_regions(name: str, regions: int) -> None:

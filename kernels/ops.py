@@ -101,7 +101,7 @@ def multilevel_roi_align_op(
 def _roi_align_on_cuda(
     maps: Sequence[Tensor], boxes_xyxy: Tensor, pool_size: int, sampling_ratio: int, canonical_size: float
 ) -> Tensor:
-    return _extension().roi_align(list(maps), boxes_xyxy, pool_size, sampling_ratio, canonical_size)
+    return cuda_extension().roi_align(list(maps), boxes_xyxy, pool_size, sampling_ratio, canonical_size)
 
 
 @multilevel_roi_align_op.register_fake
@@ -138,7 +138,7 @@ def _roi_align_grad_on_cuda(
     canonical_size: float,
 ) -> list[Tensor]:
     sizes = list(heights), list(widths)
-    return _extension().roi_align_grad(
+    return cuda_extension().roi_align_grad(
         grad_tokens.contiguous(), boxes_xyxy, *sizes, sampling_ratio, canonical_size
     )
 
@@ -202,7 +202,7 @@ def _dynamic_conv_on_cuda(
     bias2: Tensor,
     epsilon: float,
 ) -> Tensor:
-    return _extension().dynamic_conv(tokens, params, weight1, bias1, weight2, bias2, epsilon, False)
+    return cuda_extension().dynamic_conv(tokens, params, weight1, bias1, weight2, bias2, epsilon, False)
 
 
 @dynamic_conv_op.register_fake
@@ -270,7 +270,8 @@ def _reference_on_maps(
     )
 
 
-def _extension() -> ModuleType:
+def cuda_extension() -> ModuleType:
+    """The built extension; raises RuntimeError that says how to build it."""
     if _cuda is None:
         raise RuntimeError(
             "psdiff.kernels._C must be built to run this operation on CUDA, got an install without it; "

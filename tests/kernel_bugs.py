@@ -10,9 +10,10 @@ from pathlib import Path
 
 import kernel_cases as cases
 import kernels_on_host as host
+import test_kernels_frame as frame_tests
 import torch
 
-ROI, CONV = "roi_align.cuh", "dynamic_conv.cuh"
+ROI, CONV, STEP, LETTERBOX = "roi_align.cuh", "dynamic_conv.cuh", "ddim_step.cuh", "letterbox.cuh"
 
 
 def roi_align_checks(kernels):
@@ -34,6 +35,16 @@ def conv_checks(kernels, channels=128):
 def wide_conv_checks(kernels):
     """The size at which Y lies over the slot of the last stage."""
     conv_checks(kernels, channels=256)
+
+
+def step_checks(kernels):
+    frame_tests.test_the_ddim_step_is_as_exact_as_pytorch(kernels, torch.float32, 3, 256)
+
+
+def letterbox_checks(kernels):
+    for frame, canvas in (((97, 131), (64, 40)), ((40, 30), (160, 96))):
+        frame_tests.test_a_frame_lies_on_the_canvas_as_opencv_places_it(kernels, frame, canvas)
+    frame_tests.test_nv12_of_an_odd_size_takes_the_chroma_of_each_block(kernels)
 
 
 # Name: file, text, what stands there instead at each place, who must notice.
@@ -67,6 +78,17 @@ BUGS = {
     "padded rows count for the mean": (CONV, "g + 8 < kCells;", "g + 8 < 64;", conv_checks),
     "the mean before its sums": (CONV, "__syncthreads();\n  for (int pair", "for (int pair", conv_checks),
     "hidden columns exchanged": (CONV, "[tile % 2 * 2] =", "[2 - tile % 2 * 2] =", conv_checks),
+    "one level for all images": (STEP, "/ args.proposals_per_image * 4", "* 0", step_checks),
+    "half of the embedding": (STEP, "first += 4 * kWarp", "first += 8 * kWarp", step_checks),
+    "a side may be zero": (STEP, ", kLeastSide)", ", 0.f)", step_checks),
+    "whole cells only": (
+        LETTERBOX,
+        "return fmaxf(fminf(float(cell)",
+        "return 1.f; fmaxf(fminf(float(cell)",
+        letterbox_checks,
+    ),
+    "half a pixel off": (LETTERBOX, "(x + 0.5f) * scale_x - 0.5f", "x * scale_x", letterbox_checks),
+    "chroma of the column beside": (LETTERBOX, "x / 2 * 2;", "(x + 1) / 2 * 2;", letterbox_checks),
 }
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import kernel_cases as cases
 import pytest
+import test_kernels_frame as frame_tests
 import torch
-from psdiff.kernels import ops
+from psdiff.kernels import frame_ops, ops
 from psdiff.kernels.reference import multilevel_roi_align
 from psdiff.models.config import load_preset
 from psdiff.models.person_search import PSDiff
@@ -92,6 +93,19 @@ def test_both_operators_pass_opcheck_on_the_gpu():
     tokens, params, norm1, norm2 = cases.conv_inputs(96, 8, 3, torch.float32)
     arguments = [x.cuda() for x in (tokens, params, *norm1, *norm2)]
     torch.library.opcheck(ops.dynamic_conv_op, (*arguments, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ddim_step_and_the_letterbox_are_those_of_the_cpu(dtype):
+    state, heads, levels = frame_tests.step_inputs(150, 256, dtype)
+    arguments = (*state, *heads, levels)
+    wanted = frame_ops.ddim_step_op(*arguments, 2.0, 3.0)
+    found = frame_ops.ddim_step_op(*(x.cuda() for x in arguments), 2.0, 3.0)
+    for got, value in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got.cpu(), value, rtol=1e-5, atol=1e-5)
+    frame = torch.from_numpy(frame_tests.picture(1080, 1920))
+    canvas, wanted = (frame_ops.letterbox_op(x, 640, 384).cpu().int() for x in (frame.cuda(), frame))
+    assert (canvas - wanted).abs().max() <= 1
 
 
 def test_a_captured_graph_gives_what_the_call_gave():

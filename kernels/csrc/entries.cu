@@ -1,5 +1,7 @@
 // Every kernel by a name of its own: what a cubin holds, what NVRTC compiles, what the tests run on a CPU.
+#include "ddim_step.cuh"
 #include "dynamic_conv.cuh"
+#include "letterbox.cuh"
 #include "roi_align.cuh"
 
 // (C, D) of the dynamic convolutions that are built; -DPSD_CHANNELS=C -DPSD_WIDTH=D builds one other instead.
@@ -37,3 +39,19 @@ PSD_ROI_ALIGN(bf16, psdiff::bfloat16_t, 2)
   PSD_DYNAMIC_CONV_OF(f16, C, D, (psdiff::dynamic_conv<psdiff::half_t, C, D>))                      \
   PSD_DYNAMIC_CONV_OF(bf16, C, D, (psdiff::dynamic_conv<psdiff::bfloat16_t, C, D>))
 PSD_EACH_DYNAMIC_CONV(PSD_DYNAMIC_CONV)
+
+#define PSD_DDIM_STEP(type, T) \
+  PSD_ENTRY(psdiff_ddim_step_##type, psdiff::DdimStepArgs, psdiff::kStepThreads, 1, (psdiff::ddim_step<T>(args)))
+PSD_DDIM_STEP(f32, float)
+PSD_DDIM_STEP(f16, psdiff::half_t)
+PSD_DDIM_STEP(bf16, psdiff::bfloat16_t)
+
+#define PSD_LETTERBOX(source, Source, type, T)                                                      \
+  PSD_ENTRY(psdiff_letterbox_##source##_##type, psdiff::LetterboxArgs, psdiff::kLetterboxThreads, 1, \
+            (psdiff::letterbox<Source, T>(args)))
+PSD_LETTERBOX(rgb8, psdiff::Rgb8, u8, unsigned char)
+PSD_LETTERBOX(rgb8, psdiff::Rgb8, f16, psdiff::half_t)
+PSD_LETTERBOX(rgb8, psdiff::Rgb8, f32, float)
+PSD_LETTERBOX(nv12, psdiff::Nv12, u8, unsigned char)
+PSD_LETTERBOX(nv12, psdiff::Nv12, f16, psdiff::half_t)
+PSD_LETTERBOX(nv12, psdiff::Nv12, f32, float)

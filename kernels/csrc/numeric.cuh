@@ -17,13 +17,13 @@ PSD_DEVICE float to_float(bfloat16_t x) { return __uint_as_float(u32(x.bits) << 
 template <typename T>
 PSD_DEVICE u32 pack_pair(float low, float high);
 template <>
-__device__ __forceinline__ u32 pack_pair<half_t>(float low, float high) {
+PSD_SPECIAL u32 pack_pair<half_t>(float low, float high) {
   u32 word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
 template <>
-__device__ __forceinline__ u32 pack_pair<bfloat16_t>(float low, float high) {
+PSD_SPECIAL u32 pack_pair<bfloat16_t>(float low, float high) {
   u32 word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
@@ -45,15 +45,26 @@ PSD_DEVICE float to_float(bfloat16_t x) { return host::float_of_bfloat16(x.bits)
 template <typename T>
 PSD_DEVICE u32 pack_pair(float low, float high);
 template <>
-inline u32 pack_pair<half_t>(float low, float high) {
+PSD_SPECIAL u32 pack_pair<half_t>(float low, float high) {
   return host::half_of_float(low) | u32(host::half_of_float(high)) << 16;
 }
 template <>
-inline u32 pack_pair<bfloat16_t>(float low, float high) {
+PSD_SPECIAL u32 pack_pair<bfloat16_t>(float low, float high) {
   return host::bfloat16_of_float(low) | u32(host::bfloat16_of_float(high)) << 16;
 }
 
 #endif
+
+PSD_DEVICE float to_float(float x) { return x; }
+
+template <typename T>
+PSD_DEVICE T from_float(float x) {
+  return T{u16(pack_pair<T>(x, 0.f))};
+}
+template <>
+PSD_SPECIAL float from_float<float>(float x) {
+  return x;
+}
 
 // What one 16-byte load brings: 4 float, 8 half_t or 8 bfloat16_t.
 template <typename T>

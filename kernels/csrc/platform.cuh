@@ -8,6 +8,7 @@
 
 #define PSD_DEVICE static __device__ __forceinline__
 #define PSD_MEMBER __device__ __forceinline__
+#define PSD_SPECIAL __device__ __forceinline__
 #define PSD_CONSTEXPR __host__ __device__ constexpr
 #define PSD_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 

@@ -197,6 +197,84 @@ Tensor dynamic_conv(const Tensor& tokens, const Tensor& params, const Tensor& we
   return out;
 }
 
+// The tail of a denoising step: boxes_next, emb_next, boxes_xyxy, scores, unit embeddings.
+std::vector<Tensor> ddim_step(const Tensor& boxes_t, const Tensor& emb_t, const Tensor& logits, const Tensor& deltas,
+                              const Tensor& embeddings, const Tensor& levels, double box_scale,
+                              double embedding_scale) {
+  check_floating(logits, "logits");
+  TORCH_CHECK_VALUE(emb_t.dim() == 3, "emb_t must be of shape (B, N, E), got ", emb_t.sizes());
+  const auto batch = emb_t.size(0), count = emb_t.size(1), dim = emb_t.size(2);
+  const auto dtype = logits.scalar_type();
+  const auto device = logits.device();
+  TORCH_CHECK_VALUE(dim > 0 && dim % 4 == 0, "embedding_dim must be a multiple of 4, got ", dim);
+  check_regions("emb_t", batch * count);
+  check_tensor(boxes_t, "boxes_t", {batch, count, 4}, at::kFloat, device);
+  check_tensor(emb_t, "emb_t", {batch, count, dim}, at::kFloat, device);
+  check_tensor(logits, "logits", {batch, count}, dtype, device);
+  check_tensor(deltas, "deltas", {batch, count, 4}, dtype, device);
+  check_tensor(embeddings, "embeddings", {batch, count, dim}, dtype, device);
+  check_tensor(levels, "levels", {batch, 4}, at::kFloat, device);
+  const c10::cuda::CUDAGuard guard(device);
+  const std::vector<Tensor> outputs = {at::empty_like(boxes_t), at::empty_like(emb_t), at::empty_like(boxes_t),
+                                       at::empty({batch, count}, boxes_t.options()), at::empty_like(emb_t)};
+  if (batch * count == 0) {
+    return outputs;
+  }
+  psdiff::DdimStepArgs args;
+  args.boxes_t = boxes_t.const_data_ptr<float>();
+  args.emb_t = emb_t.const_data_ptr<float>();
+  args.logits = logits.const_data_ptr();
+  args.deltas = deltas.const_data_ptr();
+  args.embeddings = embeddings.const_data_ptr();
+  args.levels = levels.const_data_ptr<float>();
+  args.boxes_next = outputs[0].mutable_data_ptr<float>();
+  args.emb_next = outputs[1].mutable_data_ptr<float>();
+  args.boxes_xyxy = outputs[2].mutable_data_ptr<float>();
+  args.scores = outputs[3].mutable_data_ptr<float>();
+  args.unit_embeddings = outputs[4].mutable_data_ptr<float>();
+  args.proposals = int(batch * count);
+  args.proposals_per_image = int(count);
+  args.embedding_dim = int(dim);
+  args.box_scale = float(box_scale);
+  args.embedding_scale = float(embedding_scale);
+  const auto kernel = dtype == at::kFloat  ? psdiff_ddim_step_f32
+                      : dtype == at::kHalf ? psdiff_ddim_step_f16
+                                           : psdiff_ddim_step_bf16;
+  const auto blocks = (batch * count + psdiff::kStepWarps - 1) / psdiff::kStepWarps;
+  kernel<<<dim3(blocks), psdiff::kStepThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(args);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return outputs;
+}
+
+// (h, w, 3) RGB frame -> (height, width, 3) canvas, both uint8; where it is placed comes from frame_launches.py.
+Tensor letterbox(const Tensor& frame, int64_t width, int64_t height, int64_t placed_width, int64_t placed_height) {
+  TORCH_CHECK_VALUE(frame.is_cuda(), "frame must be on CUDA, got ", frame.device());
+  TORCH_CHECK_VALUE(frame.scalar_type() == at::kByte, "frame must be uint8, got ", frame.scalar_type());
+  TORCH_CHECK_VALUE(frame.dim() == 3 && frame.size(2) == 3 && frame.numel() > 0,
+                    "frame must be of shape (h, w, 3) with pixels in it, got ", frame.sizes());
+  TORCH_CHECK_VALUE(frame.is_contiguous(), "frame must be contiguous, got strides ", frame.strides());
+  TORCH_CHECK_VALUE(placed_width >= 1 && placed_width <= width && placed_height >= 1 && placed_height <= height,
+                    "the frame must lie on the canvas, got ", placed_width, "x", placed_height, " on ", width, "x",
+                    height);
+  const c10::cuda::CUDAGuard guard(frame.device());
+  Tensor canvas = at::empty({height, width, 3}, frame.options());
+  psdiff::LetterboxArgs args{};
+  args.first_plane = frame.const_data_ptr();
+  args.canvas = canvas.mutable_data_ptr();
+  args.first_pitch = int(3 * frame.size(1));
+  args.frame_width = int(frame.size(1));
+  args.frame_height = int(frame.size(0));
+  args.placed_width = int(placed_width);
+  args.placed_height = int(placed_height);
+  args.width = int(width);
+  args.height = int(height);
+  const auto blocks = (width * height + psdiff::kLetterboxThreads - 1) / psdiff::kLetterboxThreads;
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  psdiff_letterbox_rgb8_u8<<<dim3(blocks), psdiff::kLetterboxThreads, 0, stream>>>(args);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return canvas;
+}
+
 // What setup.py built for, as "8.0;9.0".
 std::vector<std::string> architectures() {
   std::vector<std::string> names;
@@ -214,5 +292,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("roi_align_grad", &roi_align_grad);
   module.def("dynamic_conv", &dynamic_conv);
   module.def("has_dynamic_conv", &has_dynamic_conv);
+  module.def("ddim_step", &ddim_step);
+  module.def("letterbox", &letterbox);
   module.def("architectures", &architectures);
 }

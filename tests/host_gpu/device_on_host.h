@@ -19,6 +19,7 @@
 
 #define PSD_DEVICE static inline
 #define PSD_MEMBER inline
+#define PSD_SPECIAL inline
 #define PSD_CONSTEXPR constexpr
 #define __align__(bytes) alignas(bytes)
 #define __restrict__
