@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from .launches import DeviceArray, Launch, check_array, check_dtype
+from .launches import ITEM_BYTES, DeviceArray, Launch, check_array, check_dtype
 
 STEP_WARPS = 4
 LETTERBOX_THREADS = 256
@@ -81,6 +81,9 @@ def ddim_step_launch(
         raise ValueError(f"emb_t must be of shape (B, N, E) with proposals in it, got {emb_t.shape}")
     if dim % 4 or not dim:
         raise ValueError(f"embedding_dim must be a multiple of 4, got {dim}")
+    for name, scale in (("box_scale", box_scale), ("embedding_scale", embedding_scale)):
+        if not scale > 0:
+            raise ValueError(f"{name} must be above 0, got {scale}")
     logits, deltas, embeddings = heads
     check_dtype("logits", logits, ("f32", "f16", "bf16"))
     of_boxes, of_embeddings, of_scores = (batch, count, 4), (batch, count, dim), (batch, count)
@@ -201,6 +204,9 @@ def _placed(
     if len(canvas.shape) != 3 or canvas.shape[2] != 3 or not all(canvas.shape):
         raise ValueError(f"canvas must be of shape (H, W, 3) with pixels in it, got {canvas.shape}")
     check_dtype("canvas", canvas, ("u8", "f16", "f32"))
+    if canvas.pointer % ITEM_BYTES[canvas.dtype]:
+        size = ITEM_BYTES[canvas.dtype]
+        raise ValueError(f"canvas must start at a multiple of {size} bytes, got {canvas.pointer:#x}")
     if not all(value > 0 for value in std):
         raise ValueError(f"std must be above 0, got {std}")
     args = np.zeros(1, LETTERBOX_ARGS)

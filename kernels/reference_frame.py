@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .frame_launches import placed_size
+from .frame_launches import Matrix, placed_size, yuv_to_rgb
 
 DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
 MOST_LOG_SIZE = math.log(100000 / 16)
@@ -41,7 +41,7 @@ def ddim_step(
     signal, noise, next_signal, next_noise = (level[:, None, None] for level in levels.unbind(1))
 
     def step(x_t: Tensor, x_0: Tensor) -> Tensor:
-        return next_signal * x_0 + next_noise * (x_t - signal * x_0) / noise
+        return next_signal * x_0 + next_noise * ((x_t - signal * x_0) / noise)
 
     return step(boxes_t, boxes_0), step(emb_t, embedding_scale * unit), moved, logits.sigmoid(), unit
 
@@ -68,14 +68,45 @@ def _encoded(boxes_xyxy: Tensor, box_scale: float) -> Tensor:
 
 def letterbox(frame: NDArray[np.uint8], width: int, height: int) -> NDArray[np.float64]:
     """(h, w, 3) RGB -> the (H, W, 3) canvas in 0..255, not rounded: area average or bilinear, mid grey outside."""
+    return _on_canvas(_resized(frame, width, height), width, height)
+
+
+def letterbox_nv12(
+    luma: NDArray[np.uint8],
+    chroma: NDArray[np.uint8],
+    width: int,
+    height: int,
+    *,
+    matrix: Matrix = "bt709",
+    full_range: bool = False,
+) -> NDArray[np.float64]:
+    """Do the same from luma (h, w) and chroma (ceil(h / 2), ceil(w / 2), 2), U before V.
+
+    A pixel has the chroma of its 2x2 block. Y, U and V are resized, then converted, then clamped to 0..255.
+    """
+    rows, columns = luma.shape
+    nearest = chroma.repeat(2, axis=0).repeat(2, axis=1)[:rows, :columns]
+    y, u, v = np.moveaxis(_resized(np.dstack([luma, nearest]), width, height), 2, 0)
+    numbers = yuv_to_rgb(matrix, full_range=full_range)
+    y, u, v = (y - numbers["luma_offset"]) * numbers["luma_gain"], u - 128, v - 128
+    green = y + numbers["green_u"] * u + numbers["green_v"] * v
+    rgb = np.stack([y + numbers["red_v"] * v, green, y + numbers["blue_u"] * u], axis=2)
+    return _on_canvas(rgb.clip(0, 255), width, height)
+
+
+def _resized(frame: NDArray[np.uint8], width: int, height: int) -> NDArray[np.float64]:
     placed_width, placed_height = placed_size(frame.shape[1], frame.shape[0], width, height)
     scale_y, scale_x = frame.shape[0] / placed_height, frame.shape[1] / placed_width
     weights = _area_weights if min(scale_x, scale_y) >= 1 else _bilinear_weights
     rows, columns = weights(frame.shape[0], placed_height), weights(frame.shape[1], placed_width)
-    canvas = np.full((height, width, 3), float(PAD_VALUE))
     # (h, w, 3): columns first, each row by itself, then rows.
     narrowed = columns @ frame.astype(float)
-    canvas[:placed_height, :placed_width] = np.tensordot(rows, narrowed, axes=1)
+    return np.tensordot(rows, narrowed, axes=1)
+
+
+def _on_canvas(placed: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64]:
+    canvas = np.full((height, width, 3), float(PAD_VALUE))
+    canvas[: placed.shape[0], : placed.shape[1]] = placed
     return canvas
 
 

@@ -39,12 +39,19 @@ def wide_conv_checks(kernels):
 
 def step_checks(kernels):
     frame_tests.test_the_ddim_step_is_as_exact_as_pytorch(kernels, torch.float32, 3, 256)
+    for times in frame_tests.STEPS:
+        frame_tests.test_the_ddim_step_is_as_exact_at_every_noise(kernels, times)
+
+
+def nan_checks(kernels):
+    frame_tests.test_what_is_no_number_stays_none(kernels)
 
 
 def letterbox_checks(kernels):
     for frame, canvas in (((97, 131), (64, 40)), ((40, 30), (160, 96))):
         frame_tests.test_a_frame_lies_on_the_canvas_as_opencv_places_it(kernels, frame, canvas)
     frame_tests.test_nv12_of_an_odd_size_takes_the_chroma_of_each_block(kernels)
+    frame_tests.test_nv12_rows_may_be_longer_than_their_pixels(kernels)
 
 
 # Name: file, text, what stands there instead at each place, who must notice.
@@ -89,6 +96,14 @@ BUGS = {
     ),
     "half a pixel off": (LETTERBOX, "(x + 0.5f) * scale_x - 0.5f", "x * scale_x", letterbox_checks),
     "chroma of the column beside": (LETTERBOX, "x / 2 * 2;", "(x + 1) / 2 * 2;", letterbox_checks),
+    "noise that is not scaled": (STEP, "x_0) / level.noise", "x_0)", step_checks),
+    "a NaN becomes a limit": (STEP, "return x < limit ? limit : x;", "return fmaxf(x, limit);", nan_checks),
+    "rows of chroma without a pitch": (
+        LETTERBOX,
+        "* args.chroma_pitch",
+        "* args.first_pitch",
+        letterbox_checks,
+    ),
 }
 
 

@@ -2,7 +2,8 @@
 //
 // Computes kernels/reference_frame.py:letterbox: the frame in the top left corner at its aspect ratio, mid grey around
 // it. A frame that shrinks is averaged over the area of each pixel, one that grows is interpolated, as cv2.INTER_AREA
-// and cv2.INTER_LINEAR do. NV12 is averaged first and converted then, which is the same where no channel clamps.
+// and cv2.INTER_LINEAR do. NV12 is averaged first and converted then, which is the same where no channel clamps;
+// where one does, what lies beyond 0..255 counts in the average, and only the average is clamped.
 //
 // Launch: a thread a pixel of the canvas, 256 a block, so that neighbours read neighbouring spans of a row.
 //

@@ -207,6 +207,8 @@ std::vector<Tensor> ddim_step(const Tensor& boxes_t, const Tensor& emb_t, const 
   const auto dtype = logits.scalar_type();
   const auto device = logits.device();
   TORCH_CHECK_VALUE(dim > 0 && dim % 4 == 0, "embedding_dim must be a multiple of 4, got ", dim);
+  TORCH_CHECK_VALUE(box_scale > 0 && embedding_scale > 0, "box_scale and embedding_scale must be above 0, got ",
+                    box_scale, " and ", embedding_scale);
   check_regions("emb_t", batch * count);
   check_tensor(boxes_t, "boxes_t", {batch, count, 4}, at::kFloat, device);
   check_tensor(emb_t, "emb_t", {batch, count, dim}, at::kFloat, device);
