@@ -153,6 +153,9 @@ def test_help_teaches():
 
 
 def start(tmp_path, *arguments):
+    # A shell that runs the tests in the background has SIGINT ignored, and a child would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     command = [sys.executable, "-m", "psdiff", "run", *map(str, arguments)]
     return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
