@@ -3,7 +3,10 @@
 manifest.json         what the model is, and the SHA-256 of every other file
 backbone.onnx         image u8 [B,H,W,3] -> p2..p5
 denoise_step.onnx     p2..p5, boxes_t, emb_t, t, t_next -> boxes_next, emb_next, boxes_xyxy, scores, embeddings
-weights.safetensors   the same weights for PyTorch
+e2e_k{K}.onnx         image, boxes_T, emb_T -> boxes_xyxy, scores, embeddings: all of the above, K steps unrolled
+*.fp16.onnx           the same graphs computing in half precision, *.bf16.onnx in bfloat16; inputs and outputs that
+                      hold boxes, scores and embeddings stay float32
+weights.safetensors   the weights, for PyTorch and for every graph above: these point into it
 reference.npz         one input and the PyTorch fp32 outputs at several K
 """
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +24,10 @@ BACKBONE = "backbone.onnx"
 DENOISE_STEP = "denoise_step.onnx"
 WEIGHTS = "weights.safetensors"
 REFERENCE = "reference.npz"
+
+Precision = Literal["fp32", "fp16", "bf16"]
+"""In what a graph computes; boxes, scores, embeddings and the state of the sampler are float32 in each."""
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 
 # Read by every runtime before anything else: a bundle of another format is refused.
 FORMAT_VERSION = 1
@@ -90,6 +97,11 @@ class Manifest(BaseModel):
     def num_timesteps(self) -> int | None:
         """T of the model's noise schedule; None where the bundle does not tell."""
         return self.model.get("num_timesteps")
+
+
+def graph_file(part: str, precision: Precision = "fp32") -> str:
+    """File name of a graph: part is `backbone`, `denoise_step` or `e2e_k{K}`."""
+    return f"{part}.onnx" if precision == "fp32" else f"{part}.{precision}.onnx"
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -85,7 +85,7 @@ def bundle_of(preset: str, folder: Path) -> Path:
     torch.manual_seed(0)
     checkpoint = folder / f"{preset}.safetensors"
     save_checkpoint(PSDiff(load_preset(preset)), checkpoint, {"weights": "random"})
-    export_bundle(checkpoint, folder / preset)
+    export_bundle(checkpoint, folder / preset, precisions=["fp32"])
     return folder / preset
 
 

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from safetensors.torch import save_file
 
 from .. import __version__
 from ..bundle import (
-    BACKBONE,
-    DENOISE_STEP,
     MANIFEST,
+    PRECISIONS,
     REFERENCE,
     WEIGHTS,
     Manifest,
+    Precision,
     file_sha256,
+    graph_file,
     write_manifest,
 )
 from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings
 from ..models.preprocess import seeded_noise
 from ..models.sampling import SamplerSettings, denoise
-from .onnx_graph import SMALLEST_HALF_TENSOR, round_to_half, write_backbone, write_denoise_step
+from .onnx_graph import backbone_graph, denoise_step_graph
+from .precision import SMALLEST_HALF_TENSOR, half_precision, halve_weights, round_to_half, to_bfloat16
+from .shared_weights import point_into
+from .unroll import unroll
 
 # Steps whose PyTorch outputs travel with the bundle, so that a device can prove it computes the same.
 REFERENCE_STEPS = (1, 2, 4, 8)
+
+# Steps that servers without a loop can be asked for: one graph each.
+UNROLLED_STEPS = (1, 2, 4, 8)
 
 # Cosine from which a detection counts as the person asked for, until a site calibrates its own.
 DEFAULT_MATCH_THRESHOLD = 0.6
@@ -47,11 +55,13 @@ def export_bundle(
     *,
     model_id: str | None = None,
     match_threshold: float = DEFAULT_MATCH_THRESHOLD,
+    precisions: Sequence[Precision] = PRECISIONS,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Manifest:
     """Write the bundle of a checkpoint to the folder `out`, replacing a bundle that is there.
 
-    on_step is told what is being done. Raises ExportError where `out` holds something else than a bundle.
+    precisions: of the graphs; fp32 is always written. on_step is told what is being done. Raises ExportError where
+    `out` holds something else than a bundle.
     """
     if out.exists() and not (out / MANIFEST).is_file():
         raise ExportError(f"out must be a new folder or a bundle, got {out}, which holds something else")
@@ -61,7 +71,7 @@ def export_bundle(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
-        _write_files(model, folder, on_step)
+        _write_files(model, folder, precisions, on_step)
         manifest = describe(model, notes, folder, model_id or out.name, match_threshold)
         write_manifest(folder, manifest)
         if out.exists():
@@ -70,15 +80,50 @@ def export_bundle(
     return manifest
 
 
-def _write_files(model: PSDiff, folder: Path, on_step: Callable[[str], None]) -> None:
-    on_step(f"exporting {BACKBONE}")
-    write_backbone(model, folder / BACKBONE)
-    on_step(f"exporting {DENOISE_STEP}")
-    write_denoise_step(model, folder / DENOISE_STEP)
+def _write_files(
+    model: PSDiff, folder: Path, precisions: Sequence[Precision], on_step: Callable[[str], None]
+) -> None:
     on_step(f"writing {WEIGHTS}")
     save_weights(model, folder / WEIGHTS)
+    for precision, backbone, step in traced(model, precisions, on_step):
+        on_step(f"writing the graphs in {precision}")
+        for part, graph in _graphs(model, backbone, step):
+            onnx.checker.check_model(graph, full_check=True)
+            point_into(graph, folder / WEIGHTS)
+            onnx.save(graph, folder / graph_file(part, precision))
     on_step(f"computing {REFERENCE}")
     _save_arrays(folder / REFERENCE, reference_outputs(model))
+
+
+def traced(
+    model: PSDiff, precisions: Sequence[Precision], on_step: Callable[[str], None]
+) -> Iterator[tuple[Precision, onnx.ModelProto, onnx.ModelProto]]:
+    """Backbone and denoising step in fp32, then in the half precisions that are asked for."""
+    on_step("tracing the network in fp32")
+    full = backbone_graph(model), denoise_step_graph(model)
+    for graph in full:
+        halve_weights(graph)
+    yield "fp32", *full
+    if {"fp16", "bf16"}.isdisjoint(precisions):
+        return
+    on_step("tracing the network in half precision")
+    half = half_precision(model)
+    backbone, step = backbone_graph(half), denoise_step_graph(half)
+    if "bf16" in precisions:
+        yield "bf16", to_bfloat16(backbone), to_bfloat16(step)
+    if "fp16" in precisions:
+        yield "fp16", backbone, step
+
+
+def _graphs(
+    model: PSDiff, backbone: onnx.ModelProto, step: onnx.ModelProto
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """The unrolled graphs first: made of the other two before these point into the file of weights."""
+    timesteps = sampler_settings(model.config).timesteps
+    for steps in UNROLLED_STEPS:
+        yield f"e2e_k{steps}", unroll(backbone, step, timesteps[steps])
+    yield "backbone", backbone
+    yield "denoise_step", step
 
 
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
@@ -92,6 +137,8 @@ def save_weights(model: PSDiff, path: Path) -> None:
         for name, tensor in model.state_dict().items()
     }
     save_file(weights, path, metadata={"config": model.config.model_dump_json()})
+    # safetensors writes for the owner's eyes alone; a server often runs as somebody else.
+    path.chmod(0o644)
 
 
 def reference_outputs(model: PSDiff) -> dict[str, np.ndarray]:

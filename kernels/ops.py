@@ -1,7 +1,7 @@
 """The two operations as PyTorch calls: which implementation runs is decided here, by device, and nowhere else.
 
 On a CPU both run in PyTorch. On CUDA they run the kernels of csrc where the extension was built, else PyTorch's
-reference; `implementation` says which. Under torch.export ROIAlign stays one node, which export translates.
+reference; `implementation` says which. Under torch.export each stays one node, which export translates.
 Legend: B images, N boxes an image, M = B*N regions, C channels, S pool size, P = S*S tokens, D dynamic width.
 """
 
@@ -71,6 +71,8 @@ def dynamic_conv(
     tokens: Tensor, params: Tensor, norm1: tuple[Tensor, Tensor], norm2: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Convolve (M, P, C) tokens with kernels of each region's own, (M, 2CD) -> (M, P, C); see kernels.reference."""
+    if torch.compiler.is_exporting():
+        return dynamic_conv_op(tokens, params, *(part.float() for part in (*norm1, *norm2)), EPSILON)
     if not _has_kernel_for(tokens, norm1[0]):
         return reference.dynamic_conv(tokens, params, norm1, norm2)
     # Tokens come out of a LayerNorm, which autocast leaves in float32: products are to run in half precision.

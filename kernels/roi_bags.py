@@ -7,6 +7,7 @@ Legend: B images, N boxes an image, M = B*N, C channels, S pool size, R sampling
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -25,31 +26,61 @@ def multilevel_roi_align_bags(
     canonical_size: float,
 ) -> Tensor:
     """As reference.multilevel_roi_align: (B, C, h, w) levels and (B, N, 4) pixels -> (B*N, S*S, C)."""
+    maps = [feature.permute(0, 2, 3, 1) for feature in features]
+    rows, weights = rows_and_weights(
+        [(feature.shape[2], feature.shape[3]) for feature in features],
+        boxes_xyxy,
+        pool_size=pool_size,
+        sampling_ratio=sampling_ratio,
+        canonical_size=canonical_size,
+    )
+    table = row_table(maps)
+    pooled = F.embedding_bag(rows, table, per_sample_weights=weights.to(table.dtype), mode="sum")
+    return pooled.unflatten(0, (-1, pool_size**2))
+
+
+def row_table(maps: Sequence[Tensor]) -> Tensor:
+    """(B, h, w, C) maps -> (rows, C): the levels of the first image, then those of the second, and so on."""
+    return torch.cat([level.flatten(1, 2) for level in maps], dim=1).flatten(0, 1)
+
+
+def rows_and_weights(
+    sizes: Sequence[tuple[int, int]],
+    boxes_xyxy: Tensor,
+    *,
+    pool_size: int,
+    sampling_ratio: int,
+    canonical_size: float,
+) -> tuple[Tensor, Tensor]:
+    """Of each pooled cell: which rows of `row_table` it is made of, and their weights.
+
+    sizes: (h, w) of each level. boxes_xyxy: (B, N, 4) canvas pixels. Returns (M*S*S, R*R*4) int64 and float.
+    No shape in here depends on the boxes, so that a graph of it can be captured.
+    """
     images, boxes_per_image = boxes_xyxy.shape[:2]
     boxes = boxes_xyxy.detach().flatten(0, 1)
-    level = pyramid_levels(boxes, canonical_size, len(features))
-    heights, widths = (boxes.new_tensor([f.shape[d] for f in features], dtype=torch.int64) for d in (2, 3))
-    rows_per_level = heights * widths * images
-    first_row = rows_per_level.cumsum(0) - rows_per_level
-    height, width = heights[level], widths[level]
-    image = torch.arange(images, device=boxes.device).repeat_interleave(boxes_per_image)
-    base = first_row[level] + image * height * width
+    level = pyramid_levels(boxes, canonical_size, len(sizes))
+    rows_before = [0, *itertools.accumulate(height * width for height, width in sizes)]
+    heights, widths, first_row = (
+        torch.tensor(numbers, device=boxes.device).index_select(0, level)
+        for numbers in (*zip(*sizes, strict=True), rows_before[:-1])
+    )
+    image = torch.arange(images, device=boxes.device)[:, None].expand(-1, boxes_per_image).flatten()
+    base = first_row + image * rows_before[-1]
+    strides = boxes.new_tensor([0.5 ** (k + FINEST_LEVEL) for k in range(len(sizes))])
     # Half-pixel alignment: the centre of cell 0 lies at 0.5 strides.
-    corners = boxes * (0.5 ** (level + FINEST_LEVEL))[:, None] - 0.5
+    corners = boxes * strides.index_select(0, level)[:, None] - 0.5
     samples = (torch.arange(pool_size * sampling_ratio, device=boxes.device) + 0.5) / sampling_ratio
     cell = (corners[:, 2:] - corners[:, :2]) / pool_size
-    x, x_weight = _taps(corners[:, :1] + samples * cell[:, :1], width)
-    y, y_weight = _taps(corners[:, 1:2] + samples * cell[:, 1:], height)
+    x, x_weight = _taps(corners[:, :1] + samples * cell[:, :1], widths)
+    y, y_weight = _taps(corners[:, 1:2] + samples * cell[:, 1:], heights)
     rows = (
         base[:, None, None, None, None]
-        + (y * width[:, None, None])[:, :, None, :, None]
+        + (y * widths[:, None, None])[:, :, None, :, None]
         + x[:, None, :, None]
     )
     weights = y_weight[:, :, None, :, None] * x_weight[:, None, :, None] / sampling_ratio**2
-    table = torch.cat([feature.permute(0, 2, 3, 1).flatten(0, 2) for feature in features])
-    bags = [_by_cell(part, pool_size, sampling_ratio) for part in (rows, weights)]
-    pooled = F.embedding_bag(bags[0], table, per_sample_weights=bags[1].to(table.dtype), mode="sum")
-    return pooled.view(len(boxes), pool_size**2, table.shape[1])
+    return _by_cell(rows, pool_size, sampling_ratio), _by_cell(weights, pool_size, sampling_ratio)
 
 
 def _taps(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,10 +90,12 @@ def _taps(position: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     """
     last = size[:, None] - 1
     inside = (position >= -1) & (position <= size[:, None])
-    clamped = position.clamp(min=0)
-    low = torch.minimum(clamped.floor().long(), last)
+    # Neither a far sample nor a NaN may become a row number.
+    safe = torch.where(inside, position.clamp(min=0), 0.0)
+    low = torch.minimum(safe.floor().long(), last)
     high = torch.minimum(low + 1, last)
-    fraction = torch.where(low >= last, torch.zeros_like(clamped), clamped - low)
+    # On the last row both taps are the same one, whatever the fraction.
+    fraction = safe - low
     weights = torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None]
     return torch.stack([low, high], dim=-1), weights
 

@@ -74,17 +74,20 @@ class Denoiser(nn.Module):
         """Predict the clean state from noisy boxes (B, N, 4) and noisy embeddings (B, N, E) at timesteps t (B,).
 
         features: p2..p5 of (B, C, h, w). boxes_norm: decoded and normalised. t_emb: timesteps of the
-        embeddings where they differ from those of the boxes (a device of training).
+        embeddings where they differ from those of the boxes (a device of training). The layer computes in the
+        type of its weights; boxes, times and what it returns are float32 whatever that is.
         """
         region = tokens = self._pool(features, boxes_norm)
-        embedding = self.embedding_proj(self._gain(emb_t, t if t_emb is None else t_emb)).flatten(0, 1)
+        known = self._gain(emb_t, t if t_emb is None else t_emb).to(self.embedding_proj.weight.dtype)
+        embedding = self.embedding_proj(known).flatten(0, 1)
         if self.config.self_attention != "none":
             tokens = self.self_attention(tokens, proposals=boxes_norm.shape[1])
         convolved = self.dynamic_conv(tokens, embedding) if self.config.dynamic_conv else tokens.mean(1)
         attended = self.cross_attention(embedding, tokens) if self.config.cross_attention else embedding
         scale, shift = self.time(t)
         fused = torch.cat([convolved, attended], dim=1).unflatten(0, boxes_norm.shape[:2])
-        logits, deltas, embeddings = self.heads(fused, region, scale[:, None], shift[:, None])
+        outputs = self.heads(fused, region, scale[:, None], shift[:, None])
+        logits, deltas, embeddings = (output.float() for output in outputs)
         return Prediction(apply_deltas(boxes_norm, deltas), logits, embeddings)
 
     def _pool(self, features: Sequence[Tensor], boxes_norm: Tensor) -> Tensor:
@@ -256,7 +259,8 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) -> scale (B, C) and shift (B, C)."""
-        scale, shift = self.film(F.silu(self.mlp(self.sinusoid(t)))).chunk(2, dim=1)
+        waves = self.sinusoid(t).to(self.film.weight.dtype)
+        scale, shift = self.film(F.silu(self.mlp(waves))).chunk(2, dim=1)
         return scale, shift
 
     def sinusoid(self, t: Tensor) -> Tensor:

@@ -167,6 +167,29 @@ def bundle_folder(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory):
+    """The bundle of a small network with random weights, with every part that a network can have."""
+    import torch
+    from psdiff.export.export import export_bundle
+    from psdiff.models.config import PSDiffConfig, load_preset
+    from psdiff.models.person_search import PSDiff, save_checkpoint
+
+    sizes = {"height": 128, "width": 192, "num_proposals": 12}
+    parts = {"self_attention": "intra", "cross_attention": True, "dynamic_conv": True, "dynamic_dim": 8}
+    config = PSDiffConfig.model_validate(load_preset("psdiff_mobile").model_dump() | sizes | parts)
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    model = PSDiff(config)
+    # Random deltas throw boxes across the canvas, and over eight such steps rounding grows a thousandfold. A
+    # trained layer moves them little: so does this one.
+    with torch.no_grad():
+        model.denoiser.heads.deltas.weight.mul_(0.1)
+    save_checkpoint(model, folder / "model.safetensors", {"preset": "a test"})
+    export_bundle(folder / "model.safetensors", folder / "small")
+    return folder / "small"
+
+
 def write_tiny_graphs(folder):
     """backbone: four strided views of the image. denoise_step: box i lies around emb_t's first value."""
     from onnx import TensorProto, checker, helper, numpy_helper, save

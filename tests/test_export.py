@@ -7,37 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from psdiff.bundle import MANIFEST, BundleError, load_manifest
+from psdiff.bundle import MANIFEST, PRECISIONS, BundleError, graph_file, load_manifest
 from psdiff.export.export import ExportError, export_bundle
-from psdiff.models.config import PSDiffConfig, load_preset
-from psdiff.models.person_search import (
-    PSDiff,
-    TorchEngine,
-    load_checkpoint,
-    sampler_settings,
-    save_checkpoint,
-)
+from psdiff.models.person_search import TorchEngine, load_checkpoint, sampler_settings
 from psdiff.models.preprocess import seeded_noise
 from psdiff.models.sampling import Detector, denoise
 from psdiff.runtime.detector import OnnxEngine, open_detector, shipped_bundle
 from psdiff.training.synthetic.street import Street
 
-SMALL = load_preset("psdiff_mobile").model_dump() | {"height": 128, "width": 192, "num_proposals": 12}
-
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    torch.manual_seed(0)
-    model = PSDiff(PSDiffConfig.model_validate(SMALL))
-    # Random deltas throw boxes across the canvas, and over eight such steps rounding grows a thousandfold. A
-    # trained layer moves them little: so does this one.
-    with torch.no_grad():
-        model.denoiser.heads.deltas.weight.mul_(0.1)
-    save_checkpoint(model, folder / "model.safetensors", {"preset": "a test"})
-    export_bundle(folder / "model.safetensors", folder / "small")
-    return folder / "small"
+def bundle(small_bundle):
+    return small_bundle
 
 
 def both_engines(folder):
@@ -135,18 +116,27 @@ def test_the_manifest_says_what_the_model_is(bundle):
     assert manifest.timesteps[4] == [999, 420, 124, 14]
     assert manifest.training == {"preset": "a test"}
     assert manifest.embedding_space.startswith("small-")
-    assert set(manifest.files) == {
-        "backbone.onnx",
-        "denoise_step.onnx",
-        "weights.safetensors",
-        "reference.npz",
-    }
+    parts = ["backbone", "denoise_step", *(f"e2e_k{steps}" for steps in (1, 2, 4, 8))]
+    graphs = {graph_file(part, precision) for part in parts for precision in PRECISIONS}
+    assert set(manifest.files) == {"weights.safetensors", "reference.npz", *graphs}
+    assert graph_file("e2e_k4", "fp16") == "e2e_k4.fp16.onnx"
 
 
-def test_large_weights_are_stored_in_half_precision(bundle):
+def test_weights_are_stored_once_and_in_half_precision(bundle):
     parameters = sum(p.numel() for p in load_checkpoint(bundle / "weights.safetensors")[0].parameters())
-    graphs = sum((bundle / name).stat().st_size for name in ("backbone.onnx", "denoise_step.onnx"))
-    assert graphs < 2.6 * parameters
+    assert (bundle / "weights.safetensors").stat().st_size < 2.1 * parameters
+    assert (bundle / "backbone.onnx").stat().st_size < 0.1 * parameters
+
+
+def test_a_server_may_read_every_file(bundle):
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in bundle.iterdir())
+
+
+def test_only_the_precisions_that_were_asked_for_are_written(bundle, tmp_path):
+    export_bundle(bundle.parent / "model.safetensors", tmp_path / "out", precisions=["fp32"])
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "e2e_k8.onnx" in names
+    assert not any(precision in name for name in names for precision in ("fp16", "bf16"))
 
 
 @pytest.fixture
