@@ -60,7 +60,8 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return p2, p3, p4, p5 of (B, H, W, 3) uint8 RGB images; H and W must be multiples of 32."""
-        x = (images.permute(0, 3, 1, 2).float() - self.pixel_mean) / self.pixel_std
+        # TensorRT takes bytes as an input, but does nothing with them except to cast them.
+        x = (images.float().permute(0, 3, 1, 2) - self.pixel_mean) / self.pixel_std
         x = x.to(next(self.stages.parameters()).dtype)
         stages: OrderedDict[str, Tensor] = OrderedDict()
         for i, stage in enumerate(self.stages):

@@ -34,6 +34,7 @@ TORCH_FREE = (
     "kernels.compile",
     "kernels.device_array",
     "kernels.launch",
+    "export.engines",
     "training.synthetic",
     "training.datasets",
     "training.city",
