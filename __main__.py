@@ -23,6 +23,7 @@ from .commands import export as export
 from .commands import synth as synth
 from .commands import teacher as teacher
 from .commands import train as train
+from .commands import verify as verify
 
 RUN_EXAMPLES = """
 [bold]Examples[/bold]
@@ -92,6 +93,7 @@ def run(
     from .runtime.query import load_query
     from .runtime.run import run as run_pipeline
     from .runtime.sources import camera_names, open_source
+    from .runtime.verified import require_proof
 
     # A service manager stops a program by SIGTERM: it ends the run in order, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -106,6 +108,7 @@ def run(
         with usage():
             detector = detector_of(manifest, folder, backend, threads=threads)
             detector.detect([], steps)
+        require_proof(detector, manifest, folder, backend)
         opened = [
             stack.enter_context(open_source(uri, camera=camera, every=every))
             for uri, camera in zip(sources, cameras, strict=True)

@@ -7,7 +7,7 @@ e2e_k{K}.onnx         image, boxes_T, emb_T -> boxes_xyxy, scores, embeddings: a
 *.fp16.onnx           the same graphs computing in half precision, *.bf16.onnx in bfloat16; inputs and outputs that
                       hold boxes, scores and embeddings stay float32
 weights.safetensors   the weights, for PyTorch and for every graph above: these point into it
-reference.npz         one input and the PyTorch fp32 outputs at several K
+reference.npz         one input, states and PyTorch fp32 outputs at several K: see models.verification
 """
 
 from __future__ import annotations

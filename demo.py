@@ -31,6 +31,7 @@ from .runtime.query import BestHits, Box, Hit, Query, box_text, crop_person, loa
 from .runtime.run import EVENTS, HITS, SUMMARY
 from .runtime.run import run as run_pipeline
 from .runtime.sources import open_source
+from .runtime.verified import require_proof
 from .training.synthetic.clips import ClipTruth, FrameTruth, read_truth, truth_path, write_clip
 from .training.synthetic.street import Street
 
@@ -119,6 +120,7 @@ def run_demo(
     folder = bundle or shipped_bundle()
     manifest = load_manifest(folder)
     detector = detector_of(manifest, folder)
+    require_proof(detector, manifest, folder, "onnxruntime")
     steps = manifest.default_steps if steps is None else steps
     street = _street(seed, duration_s, detector, steps)
     clips = _render(street, out / CLIPS, console)

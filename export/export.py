@@ -26,15 +26,11 @@ from ..bundle import (
     write_manifest,
 )
 from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings
-from ..models.preprocess import seeded_noise
-from ..models.sampling import SamplerSettings, denoise
+from ..models.verification import reference_arrays
 from .onnx_graph import backbone_graph, denoise_step_graph
 from .precision import SMALLEST_HALF_TENSOR, half_precision, halve_weights, round_to_half, to_bfloat16
 from .shared_weights import point_into
 from .unroll import unroll
-
-# Steps whose PyTorch outputs travel with the bundle, so that a device can prove it computes the same.
-REFERENCE_STEPS = (1, 2, 4, 8)
 
 # Steps that servers without a loop can be asked for: one graph each.
 UNROLLED_STEPS = (1, 2, 4, 8)
@@ -92,7 +88,7 @@ def _write_files(
             point_into(graph, folder / WEIGHTS)
             onnx.save(graph, folder / graph_file(part, precision))
     on_step(f"computing {REFERENCE}")
-    _save_arrays(folder / REFERENCE, reference_outputs(model))
+    _save_arrays(folder / REFERENCE, reference_arrays(TorchEngine(model), sampler_settings(model.config)))
 
 
 def traced(
@@ -139,36 +135,6 @@ def save_weights(model: PSDiff, path: Path) -> None:
     save_file(weights, path, metadata={"config": model.config.model_dump_json()})
     # safetensors writes for the owner's eyes alone; a server often runs as somebody else.
     path.chmod(0o644)
-
-
-def reference_outputs(model: PSDiff) -> dict[str, np.ndarray]:
-    """One input and what PyTorch float32 makes of it at each of REFERENCE_STEPS.
-
-    Keys: image (H, W, 3) uint8, boxes_T (N, 4), emb_T (N, E), and boxes_xyxy_k{K}, scores_k{K}, embeddings_k{K}.
-    """
-    settings = sampler_settings(model.config)
-    image = reference_image(settings)
-    boxes_T, emb_T = seeded_noise(0, settings.num_proposals, settings.embedding_dim)  # noqa: N806
-    engine = TorchEngine(model)
-    features = engine.backbone(image[None])
-    arrays: dict[str, np.ndarray] = {"image": image, "boxes_T": boxes_T, "emb_T": emb_T}
-    for steps in REFERENCE_STEPS:
-        output = denoise(engine, features, boxes_T[None], emb_T[None], settings.timesteps[steps])
-        for name in ("boxes_xyxy", "scores", "embeddings"):
-            arrays[f"{name}_k{steps}"] = getattr(output, name)[0]
-    return arrays
-
-
-def reference_image(settings: SamplerSettings) -> np.ndarray:
-    """A canvas with structure at every scale, made from a formula so that no picture has to be licensed."""
-    y, x = np.mgrid[0 : settings.height, 0 : settings.width].astype(np.float32)
-    waves = [127.5 + 127.5 * np.sin(x / (7.0 + 9 * c) + c) * np.cos(y / (5.0 + 11 * c)) for c in range(3)]
-    image = np.stack(waves, axis=-1).astype(np.uint8)
-    height, width = image.shape[:2]
-    for i in range(6):
-        left, top = int(width * (0.05 + 0.15 * i)), int(height * (0.1 + 0.05 * i))
-        image[top : top + height // 3, left : left + width // 20] = (40 * i, 255 - 40 * i, 128)
-    return image
 
 
 def describe(

@@ -25,6 +25,11 @@ from ..models.sampling import (
 BACKENDS = ("onnxruntime",)
 
 
+def backend_version(backend: str) -> str:
+    """Name and version of what a backend computes with."""
+    return f"{backend} {ort.__version__}"
+
+
 def shipped_bundle() -> Path:
     """Return the folder of the bundle that comes with the package."""
     return Path(__file__).parent / "bundles" / "psdiff_mobile"

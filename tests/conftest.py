@@ -13,11 +13,21 @@ import av
 import cv2
 import numpy as np
 import pytest
-from psdiff.bundle import BACKBONE, DENOISE_STEP, Manifest, file_sha256, write_manifest
+from psdiff.bundle import BACKBONE, DENOISE_STEP, REFERENCE, Manifest, file_sha256, write_manifest
 from psdiff.models.sampling import Detector, SamplerSettings, StepOutput
+from psdiff.models.verification import reference_arrays
+from psdiff.runtime.detector import OnnxEngine
 
 RED, GREEN, BLUE, YELLOW = (235, 40, 40), (40, 235, 40), (40, 40, 235), (235, 235, 40)
 EMBEDDING_DIM = 3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What programs remember between runs goes to a folder of this run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def scene(people=(), width=160, height=96):
@@ -162,7 +172,9 @@ def bundle_folder(tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
     write_tiny_graphs(folder)
-    files = {name: file_sha256(folder / name) for name in (BACKBONE, DENOISE_STEP)}
+    detector = fake_detector_of(OnnxEngine(folder), fake_manifest())
+    np.savez_compressed(folder / REFERENCE, **reference_arrays(detector.engine, detector.settings))
+    files = {name: file_sha256(folder / name) for name in (BACKBONE, DENOISE_STEP, REFERENCE)}
     write_manifest(folder, fake_manifest(files))
     return folder
 
