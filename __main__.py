@@ -79,7 +79,7 @@ def run(
     bundle: Annotated[
         Path | None, typer.Option(help="Folder of the model. Default: the one that comes with psdiff.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What computes: onnxruntime.")] = "onnxruntime",
+    backend: Annotated[str, typer.Option(help="onnxruntime, openvino or openvino-bf16.")] = "onnxruntime",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Changes the noise of every frame.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,

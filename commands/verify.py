@@ -16,7 +16,7 @@ def verify(
     bundle: Annotated[
         Path | None, typer.Argument(help="Folder of the bundle. Default: the one that comes with psdiff.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="What computes: onnxruntime.")] = "onnxruntime",
+    backend: Annotated[str, typer.Option(help="onnxruntime, openvino or openvino-bf16.")] = "onnxruntime",
     cosine: Annotated[
         float, typer.Option(min=0, max=1, help="Smallest cosine of embeddings: 0.999, in int8 0.99.")
     ] = 0.999,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,17 +18,18 @@ from ..models.sampling import (
     FEATURES,
     STEP_INPUTS,
     Detector,
+    Engine,
     Features,
     SamplerSettings,
     StepOutput,
 )
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
 
 
 def backend_version(backend: str) -> str:
     """Name and version of what a backend computes with."""
-    return f"{backend} {ort.__version__}"
+    return f"{backend} {version(backend.partition('-')[0])}"
 
 
 def shipped_bundle() -> Path:
@@ -42,7 +44,8 @@ def open_detector(
 
     bundle: its folder, by default the shipped one; load_manifest(bundle) tells what it is. backend: one of
     BACKENDS. threads: CPU threads of the inference, by default one a core.
-    Raises BundleError (missing, altered, or not loadable) and ValueError (unknown backend, threads < 1).
+    Raises BundleError (missing, altered, or not loadable) and ValueError (unknown backend, or one that is not
+    installed, threads < 1).
     """
     folder = shipped_bundle() if bundle is None else Path(bundle)
     return detector_of(load_manifest(folder), folder, backend, threads=threads)
@@ -69,7 +72,15 @@ def detector_of(
         embedding_scale=manifest.embedding_scale,
         num_timesteps=manifest.num_timesteps,
     )
-    return Detector(OnnxEngine(folder, threads), settings)
+    return Detector(_engine(folder, backend, threads), settings)
+
+
+def _engine(folder: Path, backend: str, threads: int | None) -> Engine:
+    if backend == "onnxruntime":
+        return OnnxEngine(folder, threads)
+    from .openvino_engine import OpenVinoEngine
+
+    return OpenVinoEngine(folder, threads, "bf16" if backend == "openvino-bf16" else "f32")
 
 
 class OnnxEngine:
