@@ -120,9 +120,9 @@ def run_demo(
     folder = bundle or shipped_bundle()
     manifest = load_manifest(folder)
     detector = detector_of(manifest, folder)
-    require_proof(detector, manifest, folder, "onnxruntime")
     steps = manifest.default_steps if steps is None else steps
     street = _street(seed, duration_s, detector, steps)
+    require_proof(detector, manifest, folder, "onnxruntime")
     clips = _render(street, out / CLIPS, console)
     truths = [read_truth(truth_path(clip)) for clip in clips]
     wanted = pick_wanted(*truths)

@@ -16,6 +16,7 @@ import pytest
 from psdiff.bundle import BACKBONE, DENOISE_STEP, REFERENCE, Manifest, file_sha256, write_manifest
 from psdiff.models.sampling import Detector, SamplerSettings, StepOutput
 from psdiff.models.verification import reference_arrays
+from psdiff.runtime import detector as detector_module
 from psdiff.runtime.detector import OnnxEngine
 
 RED, GREEN, BLUE, YELLOW = (235, 40, 40), (40, 235, 40), (40, 40, 235), (235, 235, 40)
@@ -140,6 +141,12 @@ def fake_detector_of(engine, manifest):
     return Detector(engine, SamplerSettings(**settings))
 
 
+def write_reference(folder, engine):
+    """What a fake bundle is verified against: its own engine's outputs."""
+    settings = fake_detector_of(engine, fake_manifest()).settings
+    np.savez_compressed(folder / REFERENCE, **reference_arrays(engine, settings))
+
+
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory):
     """The CUDA kernels, compiled for the CPU by g++ once a run."""
@@ -172,10 +179,22 @@ def bundle_folder(tmp_path):
     folder = tmp_path / "bundle"
     folder.mkdir()
     write_tiny_graphs(folder)
-    detector = fake_detector_of(OnnxEngine(folder), fake_manifest())
-    np.savez_compressed(folder / REFERENCE, **reference_arrays(detector.engine, detector.settings))
+    write_reference(folder, OnnxEngine(folder))
     files = {name: file_sha256(folder / name) for name in (BACKBONE, DENOISE_STEP, REFERENCE)}
     write_manifest(folder, fake_manifest(files))
+    return folder
+
+
+@pytest.fixture
+def fake_bundle(tmp_path, monkeypatch):
+    """A bundle with the fake engine instead of graphs; the manifest and its hashes are real."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "backbone.onnx").write_bytes(b"graph")
+    write_reference(folder, FakeEngine())
+    files = {name: file_sha256(folder / name) for name in ("backbone.onnx", REFERENCE)}
+    write_manifest(folder, fake_manifest(files))
+    monkeypatch.setattr(detector_module, "OnnxEngine", lambda folder, threads: FakeEngine())
     return folder
 
 

@@ -6,23 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import BLUE, RED, FakeEngine, fake_manifest, scene, walk, write_video
+from conftest import BLUE, RED, FakeEngine, scene, walk, write_video
 from PIL import Image
 from psdiff.__main__ import app
-from psdiff.bundle import file_sha256, write_manifest
-from psdiff.runtime import detector as detector_module
 from typer.testing import CliRunner
-
-
-@pytest.fixture
-def fake_bundle(tmp_path, monkeypatch):
-    """A bundle with the fake engine instead of graphs; the manifest and its hashes are real."""
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    (folder / "backbone.onnx").write_bytes(b"graph")
-    write_manifest(folder, fake_manifest({"backbone.onnx": file_sha256(folder / "backbone.onnx")}))
-    monkeypatch.setattr(detector_module, "OnnxEngine", lambda folder, threads: FakeEngine())
-    return folder
 
 
 @pytest.fixture
@@ -94,7 +81,10 @@ def test_several_people_in_the_query_are_a_warning(psdiff, video, person):
         (["nowhere.mp4"], "source must be an existing file or folder, or an rtsp:// URL, got nowhere.mp4"),
         (["gate.mp4", "nowhere.mp4"], "got nowhere.mp4"),
         (["gate.mp4", "--steps", "0"], "steps must be a whole number from 1 to 4, got 0"),
-        (["gate.mp4", "--backend", "magic"], "backend must be one of onnxruntime, got magic"),
+        (
+            ["gate.mp4", "--backend", "magic"],
+            "backend must be one of onnxruntime, openvino, openvino-bf16, got magic",
+        ),
         (["gate.mp4", "--box", "1,2,3,4"], "--box must come with --query"),
         (
             ["gate.mp4", "--query", "person.png", "--box", "1,2,3"],

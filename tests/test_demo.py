@@ -6,9 +6,7 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
-from conftest import FakeEngine, fake_manifest
 from PIL import Image
-from psdiff.bundle import file_sha256, write_manifest
 from psdiff.demo import (
     CAMERAS,
     DemoError,
@@ -23,23 +21,12 @@ from psdiff.demo import (
     run_demo,
     verdict,
 )
-from psdiff.runtime import detector as detector_module
 from psdiff.runtime.events import ModelRecord, RunSummary
 from psdiff.runtime.query import Hit
 from psdiff.training.synthetic.clips import ClipTruth, FrameTruth, read_truth
 from rich.console import Console
 
 LEFT, MIDDLE, SMALL = (10.0, 10.0, 50.0, 90.0), (60.0, 10.0, 100.0, 90.0), (70.0, 20.0, 80.0, 40.0)
-
-
-@pytest.fixture
-def fake_bundle(tmp_path, monkeypatch):
-    folder = tmp_path / "bundle"
-    folder.mkdir()
-    (folder / "backbone.onnx").write_bytes(b"graph")
-    write_manifest(folder, fake_manifest({"backbone.onnx": file_sha256(folder / "backbone.onnx")}))
-    monkeypatch.setattr(detector_module, "OnnxEngine", lambda folder, threads: FakeEngine())
-    return folder
 
 
 def truth(*frames):

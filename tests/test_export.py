@@ -12,6 +12,7 @@ from psdiff.export.export import ExportError, export_bundle
 from psdiff.models.person_search import TorchEngine, load_checkpoint, sampler_settings
 from psdiff.models.preprocess import seeded_noise
 from psdiff.models.sampling import Detector, denoise
+from psdiff.models.verification import Tolerance, compare
 from psdiff.runtime.detector import OnnxEngine, open_detector, shipped_bundle
 from psdiff.training.synthetic.street import Street
 
@@ -94,13 +95,11 @@ def test_the_shipped_bundle_gives_its_reference_outputs():
     folder = shipped_bundle()
     if not folder.is_dir():
         pytest.skip(f"the shipped bundle is missing: {folder}")
-    manifest, engine = load_manifest(folder), OnnxEngine(folder)
-    reference = np.load(folder / "reference.npz")
-    start = reference["boxes_T"][None], reference["emb_T"][None]
-    got = denoise(engine, engine.backbone(reference["image"][None]), *start, manifest.timesteps[1])
-    difference = np.clip(got.boxes_xyxy[0], 0, 1) - np.clip(reference["boxes_xyxy_k1"], 0, 1)
-    assert (np.abs(difference) * np.array([manifest.width, manifest.height] * 2)).max() <= 0.5
-    assert (got.embeddings[0] * reference["embeddings_k1"]).sum(-1).min() >= 0.9999
+    detector = open_detector(folder)
+    with np.load(folder / "reference.npz") as reference:
+        comparisons = compare(detector.engine, reference, detector.settings, Tolerance())
+    assert [(each.steps, each.matched) for each in comparisons] == [(1, 1), (2, 1), (4, 1), (8, 1)]
+    assert max(each.box_px for each in comparisons) < 0.01
 
 
 def test_a_bundle_opens_and_answers_in_three_lines(bundle):
