@@ -53,6 +53,22 @@ class Measurement(BaseModel):
     machine: str
 
 
+class Latency(BaseModel):
+    """What a number of steps costs on one machine, one batch after the other."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int
+    batch: int
+    backend: str
+    """Its name and version."""
+    machine: str
+    p50_ms: float
+    """Of a whole batch, from frames to detections."""
+    p95_ms: float
+    p99_ms: float
+
+
 class Manifest(BaseModel):
     """Everything a runtime must know of a model, as JSON."""
 
@@ -87,6 +103,8 @@ class Manifest(BaseModel):
     files: dict[str, str]
     """File name -> SHA-256."""
     measurements: list[Measurement] = []
+    latencies: list[Latency] = []
+    """By psdiff bench --record; a scheduler chooses K by them."""
 
     @property
     def embedding_scale(self) -> float | None:

@@ -64,6 +64,10 @@ def export(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="The most images at once.")] = 8,
     max_proposals: Annotated[int, typer.Option(min=1, help="The most proposals an image.")] = 500,
+    unrolled: Annotated[
+        str,
+        typer.Option(metavar="K,...", help="Engines of K steps in one piece, for servers that cannot loop."),
+    ] = "1,2,4",
     workspace_mb: Annotated[
         int | None, typer.Option(min=1, help="The most scratch memory of an engine, in MB.")
     ] = None,
@@ -89,8 +93,16 @@ def export(
             plugin_library=plugins,
             max_batch=max_batch,
             max_proposals=max_proposals,
+            unrolled=_numbers(unrolled),
             workspace_bytes=workspace_mb and workspace_mb * 1_000_000,
         )
+
+
+def _numbers(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part in ("1", "2", "4", "8") for part in parts):
+        raise UsageError(f"unrolled must be some of 1,2,4,8, got {text}")
+    return [int(part) for part in parts]
 
 
 def _written(checkpoint: Path, out: Path, model_id: str | None, precisions: list[Any]) -> Path:

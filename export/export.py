@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -12,6 +14,9 @@ from typing import Any
 import numpy as np
 import onnx
 from safetensors.torch import save_file
+
+if __name__ == "__main__" and not __package__:
+    __package__ = "psdiff.export"
 
 from .. import __version__
 from ..bundle import (
@@ -162,3 +167,9 @@ def describe(
         tools={"psdiff": __version__, **{tool: version(tool) for tool in TOOLS}},
         files=files,
     )
+
+
+if __name__ == "__main__":
+    # python export/export.py is psdiff export.
+    sys.argv.insert(1, "export")
+    runpy.run_module("psdiff", run_name="__main__", alter_sys=True)

@@ -115,7 +115,10 @@ def test_steps_share_their_weights_and_scratch_memory(unrolled):
 def test_memory_stays_within_its_budget(small_bundle, backbone, step):
     weights = (small_bundle / "weights.safetensors").stat().st_size
     assert backbone.weight_bytes + step.weight_bytes <= 1.05 * weights
-    assert step.scratch_bytes <= 10 * LARGEST_TOKENS
+    # Tokens of all regions that live at once in self-attention: the region for the head, the residual, query, key,
+    # value, what was attended and projected, LayerNorm's float32 (two), its output. Taps of ROIAlign in memory
+    # would be four more.
+    assert step.scratch_bytes <= 11 * LARGEST_TOKENS
     # Every input of four images at stride 2, with the widest layer of the network there.
     assert backbone.scratch_bytes <= 4 * 64 * 96 * 96 * 2 * 10
 
@@ -246,10 +249,12 @@ def psdiff(*arguments):
 
 
 def test_the_command_builds_engines_of_a_bundle(bundle):
-    result = psdiff(bundle, "--target", "trt", "--sm", 89, "--max-batch", 2, "--max-proposals", 16)
+    result = psdiff(
+        bundle, "--target", "trt", "--sm", 89, "--max-batch", 2, "--max-proposals", 16, "--unrolled", ""
+    )
     assert result.exit_code == 0, result.output
     [folder] = (bundle / "plans").iterdir()
-    assert re.fullmatch(rf"wrote {folder}: 5 engines, [\d.]+ MB\n", result.stdout)
+    assert re.fullmatch(rf"wrote {folder}: 2 engines, [\d.]+ MB\n", result.stdout)
     record = EnginesRecord.model_validate_json((folder / "engines.json").read_text())
     assert record.engines["denoise_step"].profiles[1]["boxes_t"][2] == [2, 16, 4]
 
@@ -259,6 +264,7 @@ def test_the_command_builds_engines_of_a_bundle(bundle):
     [
         ([], 2, "out must be the folder of the bundle to write, got none for "),
         (["--target", "trt", "--sm", 87], 2, "sm must be one of 75, "),
+        (["--target", "trt", "--sm", 86, "--unrolled", "3"], 2, "unrolled must be some of 1,2,4,8, got 3"),
         (
             ["--target", "trt", "--sm", 86, "--plugins", "none.so"],
             2,

@@ -3,9 +3,13 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import psdiff
 import pytest
 from psdiff.bundle import MANIFEST, PRECISIONS, BundleError, graph_file, load_manifest
 from psdiff.export.export import ExportError, export_bundle
@@ -195,3 +199,12 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="checkpoint must be written by psdiff train"):
         export_bundle(tmp_path / "none.safetensors", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["none.safetensors"]
+
+
+def test_the_script_is_the_command(tmp_path):
+    """python export/export.py is psdiff export."""
+    script = Path(psdiff.__file__).parent / "export" / "export.py"
+    missing = tmp_path / "none.safetensors"
+    done = subprocess.run([sys.executable, script, missing], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == f"error: out must be the folder of the bundle to write, got none for {missing}\n"
