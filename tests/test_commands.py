@@ -39,8 +39,11 @@ def test_a_model_is_trained_exported_and_judged(tmp_path):
     checkpoint = tmp_path / "run" / "model.safetensors"
     assert f"wrote {checkpoint}; next: psdiff export {checkpoint} my-bundle" in trained.stdout
     assert re.search(r"stage 1: [\d.]+ images/s, \d+% of the time spent waiting for images", trained.stdout)
-    exported = psdiff("export", tmp_path / "run" / "model.safetensors", tmp_path / "bundle")
+    exported = psdiff("export", checkpoint, tmp_path / "bundle", "--precision", "fp32")
     assert exported.exit_code == 0, exported.output
+    names = {path.name for path in (tmp_path / "bundle").iterdir()}
+    assert {"backbone.onnx", "e2e_k8.onnx"} <= names
+    assert not any(precision in name for name in names for precision in ("fp16", "bf16"))
     judged = psdiff(
         "evaluate",
         tmp_path / "bundle",

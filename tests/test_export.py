@@ -135,13 +135,6 @@ def test_a_server_may_read_every_file(bundle):
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in bundle.iterdir())
 
 
-def test_only_the_precisions_that_were_asked_for_are_written(bundle, tmp_path):
-    export_bundle(bundle.parent / "model.safetensors", tmp_path / "out", precisions=["fp32"])
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "e2e_k8.onnx" in names
-    assert not any(precision in name for name in names for precision in ("fp16", "bf16"))
-
-
 @pytest.fixture
 def copy(bundle, tmp_path):
     return shutil.copytree(bundle, tmp_path / "copy")
