@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from .bundle import Manifest, load_manifest
-from .models.sampling import Detector
+from .models.detector import Detector
 from .runtime.console import progress_of
 from .runtime.detector import detector_of, shipped_bundle
 from .runtime.drawing import contact_sheet, moment_text, save_png

@@ -23,9 +23,10 @@ if __name__ == "__main__" and not __package__:
 
 from ..export.export import export_bundle
 from ..models.config import load_preset
+from ..models.detector import Detector
 from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings, save_checkpoint
 from ..models.preprocess import Letterbox, seeded_noise
-from ..models.sampling import Detector, Engine, SamplerSettings, denoise
+from ..models.sampling import Engine, SamplerSettings, denoise
 from ..runtime.detector import OnnxEngine, shipped_bundle
 from .machine import describe_machine, measured_peaks, median_ms, write_result
 

@@ -26,8 +26,9 @@ from rich.progress import MofNCompleteColumn, Progress
 if __name__ == "__main__" and not __package__:
     __package__ = "psdiff.benchmarks"
 
+from ..models.detector import Detector
 from ..models.person_search import PSDiff
-from ..models.sampling import Detector, sampling_timesteps
+from ..models.sampling import sampling_timesteps
 from ..models.solvers import PLAIN, SamplerOptions
 from ..training.city.sets import write_set
 from ..training.city.writing import Plan

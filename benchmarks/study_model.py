@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..models.config import PSDiffConfig
+from ..models.detector import Detector
 from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings
 from ..models.preprocess import Letterbox
-from ..models.sampling import Detector, Float32Array, StepOutput
+from ..models.sampling import Float32Array, StepOutput
 from ..runtime.detector import shipped_bundle
 from ..training.matcher import People
 from ..training.noising import image_generator

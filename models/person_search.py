@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from .backbone import Backbone
 from .config import PSDiffConfig
 from .denoiser import Denoiser
+from .detector import Detector
 from .diffusion import boxes_to_signal, ddim_step, embeddings_to_signal, signal_to_boxes
-from .sampling import Detector, Float32Array, SamplerSettings, StepOutput, sampling_timesteps
+from .sampling import Float32Array, SamplerSettings, StepOutput, sampling_timesteps
 
 # The longest grid a bundle spells out; beyond about eight steps nothing is gained (arXiv:2309.11125, fig. 5).
 MAX_STEPS = 16

@@ -1,8 +1,8 @@
 """The K-step denoising loop on the host, over any engine; NumPy only.
 
-PyTorch, onnxruntime, TensorRT and Triton differ in two calls, `backbone` and `denoise_step`. Everything around
-them is here, once: letterbox, seeded noise, grid, solvers and renewal, pinned boxes, selection of detections.
-Legend: B images, H, W canvas, N proposals, E embedding dimension, K steps, n boxes.
+PyTorch, onnxruntime, OpenVINO and TensorRT differ in two calls, `backbone` and `denoise_step`. The steps around
+them are here, once: grid, solvers and renewal, pinned boxes. models.detector is what frames go through.
+Legend: B images, H, W canvas, N proposals, E embedding dimension, K steps.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .detections import Detections, Float32Array, select_detections
-from .preprocess import Frame, Letterbox, check_frame, seeded_noise
+from .detections import Float32Array
 from .solvers import (
     PLAIN,
     Float64Array,
@@ -36,9 +35,6 @@ Features = Sequence[Any]
 BACKBONE_INPUTS: tuple[str, ...] = ("image",)
 FEATURES: tuple[str, ...] = ("p2", "p3", "p4", "p5")
 STEP_INPUTS: tuple[str, ...] = (*FEATURES, "boxes_t", "emb_t", "t", "t_next")
-
-# One query box is described by this many proposals with independent noise, averaged.
-PROPOSALS_PER_QUERY = 8
 
 
 class StepOutput(NamedTuple):
@@ -101,105 +97,6 @@ class SamplerSettings:
         return self.score_thresholds[max(known)] if known else self.score_threshold
 
 
-class Detector:
-    """Detect people in frames and describe them, with any number of denoising steps."""
-
-    def __init__(self, engine: Engine, settings: SamplerSettings) -> None:
-        self.engine = engine
-        self.settings = settings
-
-    def detect(
-        self,
-        frames: Sequence[Frame],
-        steps: int = 4,
-        seeds: Sequence[int] | None = None,
-        *,
-        options: SamplerOptions = PLAIN,
-    ) -> list[Detections]:
-        """Find the people in each frame.
-
-        frames: RGB uint8 arrays (height, width, 3), sizes may differ. steps: K >= 1. seeds: one per frame,
-        default 0 for all; the result of a frame depends on its pixels, its seed, K and the options alone.
-        Returns one Detections per frame, boxes in frame pixels. Raises ValueError on a bad argument.
-        """
-        grid = self._grid(steps)
-        seeds = [0] * len(frames) if seeds is None else seeds
-        if len(seeds) != len(frames):
-            raise ValueError(f"seeds must be one per frame ({len(frames)}), got {len(seeds)}")
-        if not frames:
-            return []
-        letterboxes = [self._letterbox(frame, f"frames[{i}]") for i, frame in enumerate(frames)]
-        images = np.stack([box.image(frame) for box, frame in zip(letterboxes, frames, strict=True)])
-        sizes = self.settings.num_proposals, self.settings.embedding_dim
-        noise = [seeded_noise(seed, *sizes) for seed in seeds]
-        boxes_t, emb_t = (np.stack(part) for part in zip(*noise, strict=True))
-        features = self.engine.backbone(images)
-        output = denoise(
-            self.engine, features, boxes_t, emb_t, grid, options=options, settings=self.settings, seeds=seeds
-        )
-        threshold = self.settings.threshold(steps)
-        return [self._select(output, i, letterbox, threshold) for i, letterbox in enumerate(letterboxes)]
-
-    def embed(
-        self,
-        frame: Frame,
-        boxes_xyxy: NDArray[np.floating],
-        steps: int = 4,
-        seed: int = 0,
-        *,
-        options: SamplerOptions = PLAIN,
-    ) -> Float32Array:
-        """Describe the people in given boxes: the boxes stay pinned, only embeddings are denoised.
-
-        boxes_xyxy: (n, 4) frame pixels. options: solver and eta; a given box is neither renewed nor pooled.
-        Returns (n, E) unit rows. Raises ValueError on a bad argument.
-        """
-        if options.renewal is not None or options.ensemble or options.refresh:
-            raise ValueError(f"options must be a solver and eta alone where boxes are given, got {options}")
-        grid = self._grid(steps)
-        letterbox = self._letterbox(frame, "frame")
-        boxes = check_boxes(boxes_xyxy, letterbox.frame_width, letterbox.frame_height)
-        if len(boxes) == 0:
-            return np.zeros((0, self.settings.embedding_dim), np.float32)
-        signal = boxes_to_signal(letterbox.boxes_to_canvas(boxes), self.settings.box_scale)
-        pinned = np.repeat(signal, PROPOSALS_PER_QUERY, axis=0)[None]
-        _, emb_t = seeded_noise(seed, pinned.shape[1], self.settings.embedding_dim)
-        features = self.engine.backbone(letterbox.image(frame)[None])
-        output = denoise(
-            self.engine,
-            features,
-            pinned,
-            emb_t[None],
-            grid,
-            pin_boxes=True,
-            options=options,
-            settings=self.settings,
-            seeds=[seed],
-        )
-        mean = output.embeddings[0].reshape(len(boxes), PROPOSALS_PER_QUERY, -1).mean(axis=1)
-        return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-
-    def _select(self, output: StepOutput, image: int, letterbox: Letterbox, threshold: float) -> Detections:
-        return select_detections(
-            letterbox.boxes_to_frame(output.boxes_xyxy[image]),
-            output.scores[image],
-            output.embeddings[image],
-            score_threshold=threshold,
-            nms_iou=self.settings.nms_iou,
-        )
-
-    def _letterbox(self, frame: Frame, name: str) -> Letterbox:
-        check_frame(frame, name)
-        height, width = frame.shape[:2]
-        return Letterbox(width, height, self.settings.width, self.settings.height)
-
-    def _grid(self, steps: int) -> Sequence[int]:
-        if steps not in self.settings.timesteps:
-            most = max(self.settings.timesteps)
-            raise ValueError(f"steps must be a whole number from 1 to {most}, got {steps}")
-        return self.settings.timesteps[steps]
-
-
 def denoise(
     engine: Engine,
     features: Features,
@@ -211,10 +108,12 @@ def denoise(
     options: SamplerOptions = PLAIN,
     settings: SamplerSettings | None = None,
     seeds: Sequence[int] | None = None,
+    after_step: Callable[[StepOutput], None] | None = None,
 ) -> StepOutput:
     """Run the K steps of a grid and return the last step's output; arguments as in denoise_steps.
 
     With options.ensemble all steps' outputs come side by side, (B, K * N, ...), the last step's at the end.
+    after_step: called with the output of each step; what it raises ends the loop.
     """
     walk = denoise_steps(
         engine,
@@ -227,9 +126,17 @@ def denoise(
         settings=settings,
         seeds=seeds,
     )
+    if after_step is not None:
+        walk = _told(walk, after_step)
     if options.ensemble:
         return StepOutput(*(np.concatenate(parts, axis=1) for parts in zip(*walk, strict=True)))
     return deque(walk, maxlen=1).pop()  # a grid has at least one timestep
+
+
+def _told(walk: Iterator[StepOutput], after_step: Callable[[StepOutput], None]) -> Iterator[StepOutput]:
+    for output in walk:
+        after_step(output)
+        yield output
 
 
 def denoise_steps(
@@ -333,18 +240,3 @@ def sampling_timesteps(steps: int, num_timesteps: int, power: float) -> list[int
     for i in range(steps - 2, -1, -1):
         grid[i] = max(grid[i], grid[i + 1] + 1)
     return grid
-
-
-def check_boxes(boxes_xyxy: NDArray[np.floating], frame_width: int, frame_height: int) -> Float32Array:
-    """Boxes as (n, 4) float32. Raises ValueError unless each has x1 < x2, y1 < y2 and meets the frame."""
-    boxes = np.asarray(boxes_xyxy, np.float32)
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes_xyxy must be of shape (n, 4), got {boxes.shape}")
-    for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
-        meets = x1 < x2 and y1 < y2 and x1 < frame_width and y1 < frame_height and x2 > 0 and y2 > 0
-        if not meets:
-            raise ValueError(
-                f"boxes_xyxy[{i}] must be x1,y1,x2,y2 with x1 < x2 and y1 < y2, inside the "
-                f"{frame_width}x{frame_height} frame, got {x1:g},{y1:g},{x2:g},{y2:g}"
-            )
-    return boxes

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from ..bundle import BACKBONE, DENOISE_STEP, BundleError, Manifest, load_manifest
 from ..models.detections import Float32Array
+from ..models.detector import Detector
 from ..models.sampling import (
     BACKBONE_INPUTS,
     FEATURES,
     STEP_INPUTS,
-    Detector,
     Engine,
     Features,
     SamplerSettings,

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ..bundle import Latency, Manifest, write_manifest
 from ..models.detections import Float32Array
+from ..models.detector import Detector
 from ..models.preprocess import Frame
-from ..models.sampling import Detector, Engine, Features, StepOutput
+from ..models.sampling import Engine, Features, StepOutput
 
 # Graphs are compiled, and pages touched, in the first calls.
 WARM_UP_CALLS = 3

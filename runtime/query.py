@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from ..models.detections import Float32Array
-from ..models.sampling import Detector, check_boxes
+from ..models.detector import PersonDetector, check_boxes
 from .frames import Picture, read_image
 
 Box = tuple[float, float, float, float]
@@ -63,7 +63,7 @@ class Hit:
         return self.cos * self.score
 
 
-def load_query(detector: Detector, image: Path, box: Box | None = None, steps: int = 4) -> Query:
+def load_query(detector: PersonDetector, image: Path, box: Box | None = None, steps: int = 4) -> Query:
     """Read the query image and describe the person in it: the one in the box, else the best detection.
 
     box: x1, y1, x2, y2 in pixels of the upright image. Raises ImageError (unreadable image), QueryError
@@ -84,7 +84,7 @@ def load_query(detector: Detector, image: Path, box: Box | None = None, steps: i
     return Query(image.stem, detector.embed(picture, boxes, steps)[0], picture, as_box(boxes[0]))
 
 
-def _best_person(detector: Detector, path: Path, picture: Picture, steps: int) -> Query:
+def _best_person(detector: PersonDetector, path: Path, picture: Picture, steps: int) -> Query:
     [people] = detector.detect([picture], steps)
     if len(people) == 0:
         raise QueryError(

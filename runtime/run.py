@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..bundle import Manifest
 from ..models.detections import Detections
-from ..models.sampling import Detector
+from ..models.detector import PersonDetector
 from .drawing import VideoWriter, contact_sheet, draw_detections, save_png
 from .events import (
     BestHit,
@@ -41,7 +41,7 @@ OnProgress = Callable[[SourceSummary], None]
 
 def run(
     sources: Sequence[Source],
-    detector: Detector,
+    detector: PersonDetector,
     manifest: Manifest,
     *,
     out: Path,
@@ -124,7 +124,7 @@ class Pipeline:
     def __init__(
         self,
         sources: Sequence[Source],
-        detector: Detector,
+        detector: PersonDetector,
         manifest: Manifest,
         *,
         out: Path,

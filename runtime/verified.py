@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..bundle import MANIFEST, REFERENCE, BundleError, Manifest, file_sha256
-from ..models.sampling import Detector
+from ..models.detector import Detector
 from ..models.verification import Comparison, Tolerance, compare
 from .detector import backend_version
 

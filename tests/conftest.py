@@ -14,7 +14,8 @@ import cv2
 import numpy as np
 import pytest
 from psdiff.bundle import BACKBONE, DENOISE_STEP, REFERENCE, Manifest, file_sha256, write_manifest
-from psdiff.models.sampling import Detector, SamplerSettings, StepOutput
+from psdiff.models.detector import Detector
+from psdiff.models.sampling import SamplerSettings, StepOutput
 from psdiff.models.verification import reference_arrays
 from psdiff.runtime import detector as detector_module
 from psdiff.runtime.detector import OnnxEngine

@@ -21,7 +21,14 @@ ALLOWED = {
     "training.datasets": (),
     "training.city": ("training.synthetic", "training.datasets"),
     "export": ("models", "kernels", "bundle"),
-    "runtime": ("models.detections", "models.preprocess", "models.sampling", "models.verification", "bundle"),
+    "runtime": (
+        "models.detections",
+        "models.detector",
+        "models.preprocess",
+        "models.sampling",
+        "models.verification",
+        "bundle",
+    ),
     "bundle": (),
     "cli": ("bundle", "runtime"),
 }

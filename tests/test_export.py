@@ -13,9 +13,10 @@ import psdiff
 import pytest
 from psdiff.bundle import MANIFEST, PRECISIONS, BundleError, graph_file, load_manifest
 from psdiff.export.export import ExportError, export_bundle
+from psdiff.models.detector import Detector
 from psdiff.models.person_search import TorchEngine, load_checkpoint, sampler_settings
 from psdiff.models.preprocess import seeded_noise
-from psdiff.models.sampling import Detector, denoise
+from psdiff.models.sampling import denoise
 from psdiff.models.verification import Tolerance, compare
 from psdiff.runtime.detector import OnnxEngine, open_detector, shipped_bundle
 from psdiff.training.synthetic.street import Street

@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 from psdiff.models.detections import Detections, non_maximum_suppression, select_detections
+from psdiff.models.detector import Detector
 from psdiff.models.preprocess import PAD_VALUE, Letterbox, seeded_noise
 from psdiff.models.sampling import (
-    Detector,
     SamplerSettings,
     StepOutput,
     denoise,

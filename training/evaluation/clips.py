@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ...bundle import Manifest, Measurement
 from ...models.detections import Detections
-from ...models.sampling import Detector
+from ...models.detector import Detector
 from ..synthetic.clips import read_truth, truth_path, write_clip
 from ..synthetic.street import Street
 from .detection import match_by_score, precision_recall

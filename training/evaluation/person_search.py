@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...models.detections import Detections, box_iou
+from ...models.detector import Detector
 from ...models.preprocess import Frame
-from ...models.sampling import Detector
 from ...models.solvers import PLAIN, SamplerOptions
 from ..datasets.schema import DatasetError, LabelledImage, PersonSearchSet, Query
 from .detection import DetectionScores, evaluate_detection, scored_from
