@@ -28,10 +28,11 @@ PLUGIN_CODE = $(foreach sm,$(PLUGIN_SMS),-gencode arch=compute_$(sm),code=sm_$(s
 BASE := .venv/.base-installed
 DEV := .venv/.dev-installed
 SETUP := deploy/setup-venv.sh pyproject.toml setup.py
+TRITON := .venv-triton/.installed
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check setup setup-base kernels trt-plugin bench bench-gpu train-demo clean
+.PHONY: help demo test test-gpu check setup setup-base triton-server kernels trt-plugin bench bench-gpu train-demo clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,7 +40,7 @@ help:  ## list the targets
 demo: $(BASE)  ## find a person in another camera, on two synthetic clips (no PyTorch needed)
 	$(BIN)/psdiff demo --out $(DEMO_OUT) $(if $(BUNDLE),--bundle $(BUNDLE)) $(DEMO_FLAGS)
 
-test: $(DEV)  ## run every test that this machine can run; a skip says what is missing
+test: $(DEV) $(TRITON)  ## run every test that this machine can run; a skip says what is missing
 	@deploy/setup-venv.sh rtsp
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
@@ -55,6 +56,8 @@ check: $(DEV)  ## ruff, ruff format, pyright, and the rules of tests/test_archit
 setup: $(DEV)  ## install everything: training, export, tests, checkers (PyTorch: some GB)
 
 setup-base: $(BASE)  ## install what running needs, without PyTorch
+
+triton-server: $(TRITON)  ## a tritonserver in .venv-triton, for the tests that ask a real one
 
 kernels: $(DEV)  ## build the CUDA kernels for PyTorch (nvcc; TORCH_CUDA_ARCH_LIST=9.0 for one GPU)
 	PSDIFF_CUDA=1 $(BIN)/python -m pip install --no-build-isolation --no-deps -e .
@@ -84,13 +87,18 @@ train-demo: $(DEV)  ## train, export and score the shipped model again (hours on
 	$(BIN)/psdiff export $(TRAIN_OUT)/model.safetensors $(TRAIN_OUT)/psdiff_mobile
 	$(BIN)/psdiff evaluate $(TRAIN_OUT)/psdiff_mobile --calibrate --record
 
-clean:  ## remove caches, build output and what the demo wrote; .venv stays
+clean:  ## remove caches, build output and what the demo wrote; .venv and .venv-triton stay
 	rm -rf build *.egg-info .pytest_cache .ruff_cache $(DEMO_OUT)
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 $(BASE): $(SETUP)
 	@echo "installing psdiff into .venv ..."
 	@deploy/setup-venv.sh base
+	@touch $@
+
+$(TRITON): $(SETUP)
+	@echo "installing a tritonserver into .venv-triton ..."
+	@deploy/setup-venv.sh triton
 	@touch $@
 
 # The full install holds the base one: after it, `make demo` has nothing to install.

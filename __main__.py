@@ -24,6 +24,7 @@ from .commands import export as export
 from .commands import synth as synth
 from .commands import teacher as teacher
 from .commands import train as train
+from .commands import triton_repo as triton_repo
 from .commands import verify as verify
 
 RUN_EXAMPLES = """
@@ -80,7 +81,12 @@ def run(
     bundle: Annotated[
         Path | None, typer.Option(help="Folder of the model. Default: the one that comes with psdiff.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="onnxruntime, openvino or openvino-bf16.")] = "onnxruntime",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, openvino, openvino-bf16, or triton.")
+    ] = "onnxruntime",
+    server: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="With --backend triton: its gRPC service.")
+    ] = "localhost:8001",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: one a core.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Changes the noise of every frame.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
@@ -90,11 +96,11 @@ def run(
 
     from .bundle import load_manifest
     from .runtime import console as terminal
-    from .runtime.detector import detector_of, shipped_bundle
+    from .runtime.detector import shipped_bundle
     from .runtime.query import load_query
     from .runtime.run import run as run_pipeline
     from .runtime.sources import camera_names, open_source
-    from .runtime.verified import require_proof
+    from .runtime.verified import open_proven
 
     # A service manager stops a program by SIGTERM: it ends the run in order, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -107,9 +113,8 @@ def run(
     errors = Console(stderr=True)
     with ExitStack() as stack, terminal.warnings_on(errors):
         with usage():
-            detector = detector_of(manifest, folder, backend, threads=threads)
+            detector = open_proven(manifest, folder, backend, threads=threads, server=server)
             detector.detect([], steps)
-        require_proof(detector, manifest, folder, backend)
         opened = [
             stack.enter_context(open_source(uri, camera=camera, every=every))
             for uri, camera in zip(sources, cameras, strict=True)

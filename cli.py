@@ -39,6 +39,7 @@ def reported_errors() -> Iterator[None]:
     from .bundle import BundleError
     from .runtime.frames import ImageError, SourceError
     from .runtime.query import QueryError
+    from .runtime.triton_detector import ServerError
 
     try:
         yield
@@ -46,7 +47,7 @@ def reported_errors() -> Iterator[None]:
         fail(str(error), REFUSED)
     except (UsageError, SourceError, ImageError, QueryError) as error:
         fail(str(error), USAGE)
-    except OSError as error:
+    except (OSError, ServerError) as error:
         fail(str(error), FAILED)
 
 

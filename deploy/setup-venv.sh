@@ -4,6 +4,7 @@
 #   deploy/setup-venv.sh base   what psdiff run and psdiff demo need: no PyTorch
 #   deploy/setup-venv.sh dev    everything: training, export, tests, checkers
 #   deploy/setup-venv.sh rtsp   the Debian packages behind the RTSP tests; goes on without them
+#   deploy/setup-venv.sh triton .venv-triton with a tritonserver for the tests; goes on without it
 #
 # PYTHON names the interpreter (3.11 or newer). pip reads its own variables: on a machine without a GPU,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu makes the dev install about 4 GB smaller.
@@ -11,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
+PYTRITON=0.7.0 # tritonserver 2.51
 RTSP_PACKAGES=(
   gir1.2-gst-rtsp-server-1.0 python3-gi gstreamer1.0-plugins-base gstreamer1.0-plugins-good
   gstreamer1.0-plugins-ugly gstreamer1.0-rtsp
@@ -59,14 +61,14 @@ ensure_venv_module() {
 }
 
 make_venv() {
-  [ -x .venv/bin/pip ] && return
+  [ -x "$1/bin/pip" ] && return
   check_python
   ensure_venv_module
-  "$PYTHON" -m venv .venv
+  "$PYTHON" -m venv "$1"
 }
 
 install_psdiff() {
-  make_venv
+  make_venv .venv
   .venv/bin/python -m pip install --disable-pip-version-check --quiet --editable "$1"
 }
 
@@ -88,9 +90,27 @@ install_rtsp_packages() {
   echo "note: the RTSP tests will skip; to run them: sudo apt-get install -y ${missing[*]}"
 }
 
+# The wheel of pytriton holds the server itself. Its Python backend was compiled before NumPy 2, so that the server has
+# an environment of its own; the backend looks for the stub of its Python version beside itself.
+install_triton_server() {
+  local pip=(.venv-triton/bin/python -m pip install --disable-pip-version-check --quiet)
+  local server version
+  make_venv .venv-triton
+  if ! { "${pip[@]}" --editable . 'numpy<2' && "${pip[@]}" --no-deps "nvidia-pytriton==$PYTRITON"; }; then
+    echo "note: the Triton tests will skip: no wheel of nvidia-pytriton $PYTRITON for this machine"
+    return
+  fi
+  server=$(echo .venv-triton/lib/python3.*/site-packages/pytriton/tritonserver)
+  version=$(.venv-triton/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  if ! cp "$server/python_backend_stubs/$version/triton_python_backend_stub" "$server/backends/python/"; then
+    echo "note: the Triton tests will skip: nvidia-pytriton $PYTRITON has no Python backend for Python $version"
+  fi
+}
+
 case "${1:-}" in
   base) install_psdiff . ;;
   dev) install_psdiff '.[dev]' ;;
   rtsp) install_rtsp_packages ;;
-  *) fail "argument must be base, dev or rtsp, got '${1:-}'" ;;
+  triton) install_triton_server ;;
+  *) fail "argument must be base, dev, rtsp or triton, got '${1:-}'" ;;
 esac

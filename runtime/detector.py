@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..bundle import BACKBONE, DENOISE_STEP, BundleError, Manifest, load_manifest
 from ..models.detections import Float32Array
-from ..models.detector import Detector
+from ..models.detector import Detector, PersonDetector
 from ..models.sampling import (
     BACKBONE_INPUTS,
     FEATURES,
@@ -23,8 +23,12 @@ from ..models.sampling import (
     SamplerSettings,
     StepOutput,
 )
+from .triton_detector import TritonDetector
 
+# What computes on this machine; TRITON is asked over the network.
 BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
+TRITON = "triton"
+DEFAULT_SERVER = "localhost:8001"
 
 
 def backend_version(backend: str) -> str:
@@ -38,17 +42,25 @@ def shipped_bundle() -> Path:
 
 
 def open_detector(
-    bundle: Path | str | None = None, backend: str = "onnxruntime", *, threads: int | None = None
-) -> Detector:
+    bundle: Path | str | None = None,
+    backend: str = "onnxruntime",
+    *,
+    threads: int | None = None,
+    server: str = DEFAULT_SERVER,
+) -> PersonDetector:
     """Check a bundle and open it: `open_detector().detect([frame], steps=4)`.
 
     bundle: its folder, by default the shipped one; load_manifest(bundle) tells what it is. backend: one of
-    BACKENDS. threads: CPU threads of the inference, by default one a core.
-    Raises BundleError (missing, altered, or not loadable) and ValueError (unknown backend, or one that is not
-    installed, threads < 1).
+    BACKENDS, or triton for a server that has the same bundle. threads: CPU threads of the inference, by default
+    one a core. server: HOST:PORT of the gRPC service of Triton.
+    Raises BundleError (missing, altered, not loadable, or not what the server has), ServerError (not there) and
+    ValueError (unknown backend, or one that is not installed, threads < 1).
     """
     folder = shipped_bundle() if bundle is None else Path(bundle)
-    return detector_of(load_manifest(folder), folder, backend, threads=threads)
+    manifest = load_manifest(folder)
+    if backend == TRITON:
+        return TritonDetector(server, settings_of(manifest), folder)
+    return detector_of(manifest, folder, backend, threads=threads)
 
 
 def detector_of(
@@ -59,7 +71,12 @@ def detector_of(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be a whole number >= 1, got {threads}")
-    settings = SamplerSettings(
+    return Detector(_engine(folder, backend, threads), settings_of(manifest))
+
+
+def settings_of(manifest: Manifest) -> SamplerSettings:
+    """What the loop needs to know of a bundle."""
+    return SamplerSettings(
         width=manifest.width,
         height=manifest.height,
         num_proposals=manifest.num_proposals,
@@ -72,7 +89,6 @@ def detector_of(
         embedding_scale=manifest.embedding_scale,
         num_timesteps=manifest.num_timesteps,
     )
-    return Detector(_engine(folder, backend, threads), settings)
 
 
 def _engine(folder: Path, backend: str, threads: int | None) -> Engine:

@@ -20,9 +20,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..bundle import MANIFEST, REFERENCE, BundleError, Manifest, file_sha256
-from ..models.detector import Detector
+from ..models.detector import Detector, PersonDetector
 from ..models.verification import Comparison, Tolerance, compare
-from .detector import backend_version
+from .detector import DEFAULT_SERVER, TRITON, backend_version, detector_of, settings_of
+from .triton_detector import TritonDetector
 
 
 class Proof(BaseModel):
@@ -91,6 +92,25 @@ def require_proof(detector: Detector, manifest: Manifest, folder: Path, backend:
             f"psdiff verify {folder} shows more; export the bundle again, or update {proof.backend}"
         )
     return proof
+
+
+def open_proven(
+    manifest: Manifest,
+    folder: Path,
+    backend: str = "onnxruntime",
+    *,
+    threads: int | None = None,
+    server: str = DEFAULT_SERVER,
+) -> PersonDetector:
+    """Open a bundle that proves itself, or ask a server that has it: there it proved itself when it was loaded.
+
+    Arguments as in open_detector. Raises what detector_of, require_proof and TritonDetector raise.
+    """
+    if backend == TRITON:
+        return TritonDetector(server, settings_of(manifest), folder, waits_when_busy=True)
+    detector = detector_of(manifest, folder, backend, threads=threads)
+    require_proof(detector, manifest, folder, backend)
+    return detector
 
 
 def kept_proof(folder: Path, backend: str) -> Proof | None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "training.synthetic": (),
     "training.datasets": (),
     "training.city": ("training.synthetic", "training.datasets"),
-    "export": ("models", "kernels", "bundle"),
+    "export": ("models", "kernels", "bundle", "runtime.triton_contract"),
     "runtime": (
         "models.detections",
         "models.detector",
