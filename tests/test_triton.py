@@ -1,15 +1,19 @@
 """psdiff behind a real tritonserver: the same people as here, and what happens when things go wrong."""
 
 import json
+import re
 import threading
 import time
 import urllib.error
 import urllib.request
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import numpy as np
+import psdiff
 import pytest
 import triton_server
+import yaml
 from psdiff.bundle import BundleError, load_manifest
 from psdiff.models.detections import box_iou
 from psdiff.models.preprocess import seeded_noise
@@ -30,6 +34,7 @@ from psdiff.runtime.detector import shipped_bundle
 from tritonclient.grpc import InferenceServerClient, InferInput
 from tritonclient.utils import InferenceServerException
 
+DEPLOY = Path(psdiff.__file__).resolve().parent / "deploy"
 BUNDLE = shipped_bundle()
 MANIFEST = load_manifest(BUNDLE)
 SETTINGS = settings_of(MANIFEST)
@@ -71,7 +76,9 @@ def serve(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(serve):
-    return serve()
+    """Started with the options of deploy/compose.yaml."""
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    return serve(flags=[flag for flag in services["triton"]["command"] if "=/models" not in flag])
 
 
 @pytest.fixture
@@ -103,9 +110,12 @@ def assert_same(got, wanted):
         assert ((one.embeddings * other.embeddings).sum(1) >= 0.999).all()
 
 
+def metrics(server):
+    return urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=5).read().decode()
+
+
 def metric(server, name):
-    text = urllib.request.urlopen(f"http://127.0.0.1:{server.metrics}/metrics", timeout=5).read().decode()
-    lines = [line for line in text.splitlines() if line.startswith(f"{name}{{")]
+    lines = [line for line in metrics(server).splitlines() if line.startswith(f"{name}{{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
@@ -256,6 +266,21 @@ def test_metrics_count_what_was_done(server, remote, frames):
     images, steps, found, seconds = (metric(server, name) - b for name, b in zip(names, before, strict=True))
     assert (images, steps, found) == (2, 8, sum(map(len, people)))
     assert 0 < seconds < 20
+
+
+def test_what_the_dashboard_shows_is_measured(server, remote, frames):
+    """Rejected requests alone are missing: this server has none, and tells of a reason when there is one."""
+    remote.detect(frames[:1], 1)
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "psdiff.json").read_text())
+    shown = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"\b(?:psdiff|nv)_\w+", target["expr"])
+    }
+    measured = {line.split()[2] for line in metrics(server).splitlines() if line.startswith("# TYPE")}
+    assert len(shown) > 8
+    assert shown <= measured
 
 
 # Faults
