@@ -17,6 +17,7 @@ from .cli import FAILED, UsageError, app, reported_errors, usage
 
 # Importing a command's module registers it.
 from .commands import bench as bench
+from .commands import config as config
 from .commands import demo as demo
 from .commands import doctor as doctor
 from .commands import evaluate as evaluate

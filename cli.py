@@ -39,13 +39,14 @@ def reported_errors() -> Iterator[None]:
     from .bundle import BundleError
     from .runtime.frames import ImageError, SourceError
     from .runtime.query import QueryError
+    from .runtime.site import SiteError
     from .runtime.triton_detector import ServerError
 
     try:
         yield
     except BundleError as error:
         fail(str(error), REFUSED)
-    except (UsageError, SourceError, ImageError, QueryError) as error:
+    except (UsageError, SourceError, ImageError, QueryError, SiteError) as error:
         fail(str(error), USAGE)
     except (OSError, ServerError) as error:
         fail(str(error), FAILED)

@@ -1,0 +1,259 @@
+"""A site: the cameras, the model and the promises of psdiff serve, as one strict YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .capture_time import Trust
+from .detector import BACKENDS, DEFAULT_SERVER, TRITON
+from .elastic_steps import StepRange
+from .frame_queues import QueueMode, QueuePolicy
+from .frames import SourceError
+from .sources import without_credentials
+
+# In a camera's URL: ${NAME} is an environment variable, ${file:/run/secrets/gate} the text of a file.
+SECRET = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>\w+))\}")
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class SiteError(Exception):
+    """The file does not describe a site."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Place(_Strict):
+    """What the site is called, and where its files lie."""
+
+    id: str = Field(default="local", pattern=NAME)
+    data_dir: Path = Path("psdiff-data")
+
+
+class Model(_Strict):
+    """What finds people."""
+
+    bundle: Path | None = None
+    """Folder; null is the one that comes with psdiff."""
+    backend: str = "onnxruntime"
+    server: str = DEFAULT_SERVER
+    """With backend triton: HOST:PORT of its gRPC service."""
+    threads: int | None = Field(default=None, ge=1)
+    max_batch: int = Field(default=8, ge=1)
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        known = [*BACKENDS, TRITON]
+        if value not in known:
+            raise ValueError(f"must be one of {', '.join(known)}{_closest(value, known)}")
+        return value
+
+
+class Steps(_Strict):
+    """How many denoising steps are allowed."""
+
+    min: int = Field(default=1, ge=1)
+    max: int = Field(default=4, ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min must be <= max, got {self.min} and {self.max}")
+        return self
+
+    def range(self) -> StepRange:
+        """As the chooser takes it."""
+        return StepRange(self.min, self.max)
+
+
+class Promise(_Strict):
+    """What is promised for every frame: the service level objective."""
+
+    latency_ms: float = Field(default=500, gt=0)
+    """From capture to people. Frames that cannot keep it are dropped, and counted."""
+    steps: Steps = Steps()
+    min_fps: float = Field(default=1.0, ge=0)
+    """Every camera is served this often, whatever the others do."""
+
+
+class CameraDefaults(_Strict):
+    """What holds for every camera that does not say otherwise."""
+
+    queue: QueueMode = "bounded"
+    depth: int = Field(default=8, ge=1)
+    max_staleness_ms: float = Field(default=500, gt=0)
+    sample_fps: float | None = Field(default=None, gt=0)
+    """Frames a second that are looked at; null for all."""
+    transport: Literal["tcp", "udp"] = "tcp"
+    """Of RTSP."""
+    trust_clock: Trust = "auto"
+    """Whether the camera's own clock is believed; auto: within two seconds of ours."""
+    warm_start: bool = False
+
+
+class Camera(_Strict):
+    """One camera; what it leaves out is taken from defaults."""
+
+    id: str = Field(pattern=NAME)
+    url: str = Field(min_length=1)
+    """rtsp://, http(s)://, a file or a folder. Secrets as ${NAME} or ${file:PATH}."""
+    enabled: bool = True
+    queue: QueueMode | None = None
+    depth: int | None = Field(default=None, ge=1)
+    max_staleness_ms: float | None = Field(default=None, gt=0)
+    sample_fps: float | None = Field(default=None, gt=0)
+    transport: Literal["tcp", "udp"] | None = None
+    trust_clock: Trust | None = None
+    warm_start: bool | None = None
+
+
+class Api(_Strict):
+    """Health, metrics and cameras over HTTP."""
+
+    listen: str = Field(default="127.0.0.1:8420", pattern=r"^[^:\s]+:\d+$")
+
+
+class Site(_Strict):
+    """A whole site."""
+
+    version: Literal[1] = 1
+    site: Place = Place()
+    model: Model = Model()
+    promise: Promise = Promise()
+    defaults: CameraDefaults = CameraDefaults()
+    cameras: tuple[Camera, ...] = ()
+    api: Api = Api()
+
+    @model_validator(mode="after")
+    def _different_cameras(self) -> Self:
+        ids = [camera.id for camera in self.cameras]
+        twice = sorted({name for name in ids if ids.count(name) > 1})
+        if twice:
+            raise ValueError(f"cameras must have different ids, got {', '.join(twice)} more than once")
+        return self
+
+    def settings(self, camera: Camera) -> CameraDefaults:
+        """What holds for a camera."""
+        own = {
+            name: value
+            for name in CameraDefaults.model_fields
+            if (value := getattr(camera, name)) is not None
+        }
+        return self.defaults.model_copy(update=own)
+
+    def queue_policy(self, camera: Camera) -> QueuePolicy:
+        """How the frames of a camera wait."""
+        settings = self.settings(camera)
+        return QueuePolicy(
+            mode=settings.queue,
+            depth=settings.depth,
+            max_staleness_s=settings.max_staleness_ms / 1000,
+            min_fps=self.promise.min_fps,
+        )
+
+
+def load_site(path: Path) -> Site:
+    """Read a site. Raises SiteError that names the file, the key, what is wanted, and the nearest known key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SiteError(f"site must be a YAML file, got {path}: {error}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SiteError(f"{path} must be YAML, got {error}") from None
+    if not isinstance(content, dict):
+        raise SiteError(f"{path} must hold keys and values, got {type(content).__name__}")
+    for where, value in _texts(content):
+        if SECRET.search(value) and not re.fullmatch(r"cameras\[\d+\]\.url", where):
+            raise SiteError(f"{path}: {where}: secrets must stand in the url of a camera, got one here")
+    try:
+        return Site.model_validate(content)
+    except ValidationError as error:
+        raise SiteError(f"{path}: {_told(error)}") from None
+
+
+def resolved_url(camera: Camera, environment: Mapping[str, str] = os.environ) -> str:
+    """The URL with its secrets, percent-encoded. Raises SiteError where a secret is not there; it shows none."""
+
+    def secret(match: re.Match[str]) -> str:
+        if match["name"]:
+            if match["name"] not in environment:
+                raise SiteError(
+                    f"environment must hold {match['name']} for camera {camera.id}, got no such variable"
+                )
+            return quote(environment[match["name"]], safe="")
+        try:
+            return quote(Path(match["file"]).read_text(encoding="utf-8").strip(), safe="")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SiteError(f"secret of camera {camera.id} must be a text file, got {error}") from None
+
+    return SECRET.sub(secret, camera.url)
+
+
+def shown(site: Site) -> dict[str, Any]:
+    """The site with every default, for people: without what a URL holds of logins."""
+    content = site.model_dump(mode="json")
+    for camera in content["cameras"]:
+        try:
+            # A place-holder is no secret, but a URL with one cannot be parsed.
+            camera["url"] = without_credentials(SECRET.sub("x", camera["url"]))
+        except SourceError:
+            camera["url"] = f"{camera['url'].partition('://')[0]}://..."
+    return content
+
+
+def _texts(content: object, where: str = ""):  # noqa: ANN202 - a generator of (place, text)
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _texts(value, f"{where}.{name}" if where else str(name))
+    elif isinstance(content, list):
+        for i, value in enumerate(content):
+            yield from _texts(value, f"{where}[{i}]")
+    elif isinstance(content, str):
+        yield where, content
+
+
+def _told(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        return f"{where} must be a known key{_closest(str(first['loc'][-1]), _keys_at(first['loc'][:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    # The input of a whole part may hold URLs; that of a value is what the user wrote.
+    got = (
+        ""
+        if isinstance(first["input"], (dict, list, BaseModel)) or "url" in where
+        else f", got {first['input']!r}"
+    )
+    return f"{where or 'site'}: {message}{got}"
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    parts: dict[str, type[BaseModel]] = {
+        "site": Place,
+        "model": Model,
+        "promise": Promise,
+        "steps": Steps,
+        "defaults": CameraDefaults,
+        "cameras": Camera,
+        "api": Api,
+    }
+    names = [part for part in place if isinstance(part, str)]
+    return list((parts[names[-1]] if names else Site).model_fields)
+
+
+def _closest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

@@ -1,0 +1,150 @@
+"""The file of a site: strict, helpful, and tight-lipped about secrets."""
+
+import json
+
+import pytest
+import yaml
+from psdiff.__main__ import app
+from psdiff.runtime.elastic_steps import StepRange
+from psdiff.runtime.frame_queues import QueuePolicy
+from psdiff.runtime.site import Camera, Site, SiteError, load_site, resolved_url, shown
+from typer.testing import CliRunner
+
+EXAMPLE = """
+version: 1
+site: {id: hq, data_dir: /var/lib/psdiff}
+model: {backend: openvino, max_batch: 4}
+promise: {latency_ms: 250, steps: {min: 1, max: 2}, min_fps: 2}
+defaults: {queue: bounded, max_staleness_ms: 400, sample_fps: 5}
+cameras:
+  - {id: gate-1, url: "rtsp://${GATE_USER}:${GATE_PASS}@10.0.0.11/s1"}
+  - {id: hall, url: "rtsp://admin:topsecret@10.0.0.12/s1", queue: freshest, trust_clock: never}
+  - {id: old, url: clips/old.mp4, queue: every_frame, depth: 2, enabled: false}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def to(text):
+        path = tmp_path / "site.yaml"
+        path.write_text(text)
+        return path
+
+    return to
+
+
+def test_a_site_is_read_with_its_defaults(write):
+    site = load_site(write(EXAMPLE))
+    assert (site.site.id, site.model.backend, site.model.max_batch) == ("hq", "openvino", 4)
+    assert site.promise.steps.range() == StepRange(1, 2)
+    gate, hall, old = site.cameras
+    assert site.queue_policy(gate) == QueuePolicy("bounded", 8, 0.4, 2)
+    assert site.queue_policy(hall) == QueuePolicy("freshest", 8, 0.4, 2)
+    assert site.queue_policy(old) == QueuePolicy("every_frame", 2, 0.4, 2)
+    assert (site.settings(gate).trust_clock, site.settings(hall).trust_clock) == ("auto", "never")
+    assert site.settings(hall).sample_fps == 5
+    assert site.api.listen == "127.0.0.1:8420"
+
+
+def test_an_empty_site_is_a_site(write):
+    assert load_site(write("version: 1\n")) == Site()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cameras: [{id: a, url: x, ulr: x}]", r"cameras\[0\]\.ulr must be a known key; did you mean url\?"),
+        ("promis: {}", r"promis must be a known key; did you mean promise\?"),
+        ("promise: {latency: 5}", r"promise\.latency must be a known key; did you mean latency_ms\?"),
+        ("promise: {steps: {mim: 5}}", r"promise\.steps\.mim must be a known key; did you mean min\?"),
+        ("promise: {steps: {min: 5, max: 2}}", r"promise\.steps: min must be <= max, got 5 and 2"),
+        ("promise: {latency_ms: -1}", r"promise\.latency_ms: Input should be greater than 0, got -1"),
+        (
+            "model: {backend: openvin}",
+            r"model\.backend: must be one of .*; did you mean openvino\?, got 'openvin'",
+        ),
+        ("cameras: [{id: a b, url: x}]", r"cameras\[0\]\.id: String should match pattern"),
+        (
+            "cameras: [{id: a, url: x}, {id: a, url: y}]",
+            "cameras must have different ids, got a more than once",
+        ),
+        ("api: {listen: here}", r"api\.listen: String should match pattern"),
+        ("site: {id: '${NAME}'}", r"site\.id: secrets must stand in the url of a camera, got one here"),
+        ("version: 2", "version: Input should be 1, got 2"),
+        ("- a", "must hold keys and values, got list"),
+        ("a: [", "must be YAML, got"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(write, text, message):
+    with pytest.raises(SiteError, match=message) as caught:
+        load_site(write(text))
+    assert str(caught.value).startswith(str(write(text)))
+
+
+def test_a_file_that_is_not_there_is_an_error_of_one_line(tmp_path):
+    with pytest.raises(SiteError, match=r"site must be a YAML file, got .*none.yaml"):
+        load_site(tmp_path / "none.yaml")
+
+
+def test_secrets_come_from_the_environment_or_a_file_and_cannot_break_the_url(tmp_path):
+    secret = tmp_path / "password"
+    secret.write_text("p@ss/w:rd\n")
+    camera = Camera(id="a", url=f"rtsp://${{USER}}:${{file:{secret}}}@host/s1")
+    assert resolved_url(camera, {"USER": "ad min"}) == "rtsp://ad%20min:p%40ss%2Fw%3Ard@host/s1"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("rtsp://${NOBODY}@host", "environment must hold NOBODY for camera a, got no such variable"),
+        ("rtsp://${file:/none}@host", "secret of camera a must be a text file, got .*No such file"),
+    ],
+)
+def test_a_secret_that_is_missing_is_named(url, message):
+    with pytest.raises(SiteError, match=message):
+        resolved_url(Camera(id="a", url=url), {})
+
+
+def test_a_wrong_camera_does_not_give_its_url_away(write):
+    with pytest.raises(SiteError) as caught:
+        load_site(write("cameras: [{id: a, url: ['rtsp://admin:topsecret@host']}]"))
+    assert "topsecret" not in str(caught.value)
+
+
+def test_what_is_shown_holds_no_login(write):
+    text = yaml.safe_dump(shown(load_site(write(EXAMPLE))))
+    assert "topsecret" not in text
+    assert "admin" not in text
+    assert "GATE_PASS" not in text
+    assert "rtsp://10.0.0.12/s1" in text
+    assert "max_staleness_ms: 400.0" in text
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["config", *map(str, arguments)])
+
+
+def test_the_command_checks_secrets_too(write, monkeypatch):
+    path = write(EXAMPLE)
+    monkeypatch.delenv("GATE_PASS", raising=False)
+    monkeypatch.setenv("GATE_USER", "x")
+    result = run("check", path)
+    assert result.exit_code == 2
+    assert "environment must hold GATE_PASS for camera gate-1" in result.stderr
+    monkeypatch.setenv("GATE_PASS", "y")
+    result = run("check", path)
+    assert result.exit_code == 0, result.output
+    assert "is a site with 3 cameras, 2 of them enabled" in result.output
+
+
+def test_what_show_prints_is_a_site_again(write, tmp_path):
+    result = run("show", write(EXAMPLE))
+    assert result.exit_code == 0
+    again = load_site(write(result.stdout))
+    assert again.promise == load_site(write(EXAMPLE)).promise
+
+
+def test_the_schema_is_that_of_the_file():
+    schema = json.loads(run("schema").stdout)
+    assert set(schema["properties"]) == set(Site.model_fields)
+    assert schema["additionalProperties"] is False
