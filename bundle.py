@@ -6,6 +6,9 @@ denoise_step.onnx     p2..p5, boxes_t, emb_t, t, t_next -> boxes_next, emb_next,
 e2e_k{K}.onnx         image, boxes_T, emb_T -> boxes_xyxy, scores, embeddings: all of the above, K steps unrolled
 *.fp16.onnx           the same graphs computing in half precision, *.bf16.onnx in bfloat16; inputs and outputs that
                       hold boxes, scores and embeddings stay float32
+*.int8.onnx           backbone and step with Q/DQ pairs around what 8 bits hold, for onnxruntime; *.int8-trt.onnx for
+                      TensorRT; both hold their own weights and come from psdiff export --target int8
+precision.int8.json   what 8 bits cost: the error of each tensor, and what stayed float32
 weights.safetensors   the weights, for PyTorch and for every graph above: these point into it
 reference.npz         one input, states and PyTorch fp32 outputs at several K: see models.verification
 """
@@ -24,10 +27,15 @@ BACKBONE = "backbone.onnx"
 DENOISE_STEP = "denoise_step.onnx"
 WEIGHTS = "weights.safetensors"
 REFERENCE = "reference.npz"
+PRECISION_REPORT = "precision.int8.json"
 
 Precision = Literal["fp32", "fp16", "bf16"]
 """In what a graph computes; boxes, scores, embeddings and the state of the sampler are float32 in each."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+
+QuantizedForm = Literal["int8", "int8-trt"]
+"""For whom a graph is quantised: onnxruntime on CPUs, or TensorRT."""
+QUANTIZED_FORMS: tuple[QuantizedForm, ...] = ("int8", "int8-trt")
 
 # Read by every runtime before anything else: a bundle of another format is refused.
 FORMAT_VERSION = 1
@@ -117,7 +125,7 @@ class Manifest(BaseModel):
         return self.model.get("num_timesteps")
 
 
-def graph_file(part: str, precision: Precision = "fp32") -> str:
+def graph_file(part: str, precision: Precision | QuantizedForm = "fp32") -> str:
     """File name of a graph: part is `backbone`, `denoise_step` or `e2e_k{K}`."""
     return f"{part}.onnx" if precision == "fp32" else f"{part}.{precision}.onnx"
 

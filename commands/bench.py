@@ -21,7 +21,9 @@ def bench(
     bundle: Annotated[
         Path | None, typer.Argument(help="Folder of the bundle. Default: the one that comes with psdiff.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="onnxruntime, openvino or openvino-bf16.")] = "onnxruntime",
+    backend: Annotated[
+        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino, openvino-bf16.")
+    ] = "onnxruntime",
     steps: Annotated[str, typer.Option(metavar="K,...", help="Numbers of steps.")] = "1,2,4,8",
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
     frame: Annotated[str, typer.Option(metavar="WxH", help="Size of the frames.")] = "1920x1080",

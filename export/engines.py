@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..bundle import Manifest, Precision, file_sha256, graph_file, load_manifest
+from ..bundle import Manifest, Precision, QuantizedForm, file_sha256, graph_file, load_manifest
 from ..kernels.driver import CudaError, DriverNotFoundError
 from ..kernels.launch import open_driver
 from ..models.config import PSDiffConfig
@@ -38,18 +39,22 @@ STRIDES = (4, 8, 16, 32)
 CHANNELS_PER_VECTOR = 8
 
 
+EnginePrecision = Precision | Literal["int8"]
+"""int8: where the bundle was quantised; all else is float32 there."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """For what engines are built."""
 
     sm: int
     """Compute capability of the GPU times ten: 87 Orin, 89 L4, 90 H100 and H200, 110 Thor."""
-    precision: Precision = "fp16"
+    precision: EnginePrecision = "fp16"
     max_batch: int = 8
     max_proposals: int = 500
     """An image may bring more proposals than the model's own number: those of a query, or of the frame before."""
     unrolled: Sequence[int] = (1, 2, 4)
-    """The K for which K steps are built in one piece too, for servers that cannot loop."""
+    """The K for which K steps are built in one piece too, for servers that cannot loop; not in int8."""
     plugin_library: Path | None = None
     """libpsdiff_trt.so; without it TensorRT compiles the functions of the graph."""
     use_plugins: bool = False
@@ -84,7 +89,7 @@ class EnginesRecord(BaseModel):
     sm: int
     tensorrt: str
     """Name and version of what built them; a plan loads in this version alone."""
-    precision: Precision
+    precision: EnginePrecision
     embedding_space: str
     plugin_sha256: str | None
     engines: dict[str, EngineRecord]
@@ -110,7 +115,7 @@ def build_engines(
         if (folder / TIMING_CACHE).is_file():
             shutil.copy(folder / TIMING_CACHE, made)
         record = _record(trt, options, manifest)
-        for part in ("backbone", "denoise_step", *(f"e2e_k{steps}" for steps in options.unrolled)):
+        for part in parts_of(options):
             on_step(f"building {part} for sm_{options.sm} in {options.precision}")
             record.engines[part] = _build_part(trt, bundle, manifest, part, options, made)
         (made / SIDECAR).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -118,6 +123,12 @@ def build_engines(
             shutil.rmtree(folder)
         made.rename(folder)
     return folder
+
+
+def parts_of(options: EngineOptions) -> list[str]:
+    """The graphs that become engines. A quantised bundle holds no unrolled ones: each would bring its own weights."""
+    unrolled = [] if options.precision == "int8" else options.unrolled
+    return ["backbone", "denoise_step", *(f"e2e_k{steps}" for steps in unrolled)]
 
 
 def target_name(trt: ModuleType, options: EngineOptions) -> str:
@@ -151,12 +162,12 @@ def check_target(trt: ModuleType, sm: int) -> None:
         raise EngineError(f"sm must be {own}, that of this machine's GPU, with tensorrt, got {sm}")
 
 
-def channels_last(part: str, manifest: Manifest, precision: Precision) -> tuple[str, ...]:
+def channels_last(part: str, manifest: Manifest, precision: EnginePrecision) -> tuple[str, ...]:
     """The maps of a graph that lie (B, h, w, C) in memory: what ROIAlign reads.
 
     TensorRT leaves them so in half precision alone, where eight channels are a vector.
     """
-    is_vector = precision != "fp32" and _channels(manifest) % CHANNELS_PER_VECTOR == 0
+    is_vector = precision in ("fp16", "bf16") and _channels(manifest) % CHANNELS_PER_VECTOR == 0
     return FEATURES if is_vector and part in ("backbone", "denoise_step") else ()
 
 
@@ -177,7 +188,7 @@ def profiles_of(part: str, manifest: Manifest, options: EngineOptions) -> list[P
 
 
 def _input_shapes(
-    part: str, manifest: Manifest, precision: Precision, images: int, proposals: int
+    part: str, manifest: Manifest, precision: EnginePrecision, images: int, proposals: int
 ) -> dict[str, list[int]]:
     """Shapes of a graph's inputs for B images of N proposals."""
     image = {"image": [images, manifest.height, manifest.width, 3]}
@@ -197,11 +208,11 @@ def _input_shapes(
 def _build_part(
     trt: ModuleType, bundle: Path, manifest: Manifest, part: str, options: EngineOptions, folder: Path
 ) -> EngineRecord:
-    graph = graph_file(part, options.precision)
+    form: Precision | QuantizedForm = "int8-trt" if options.precision == "int8" else options.precision
+    graph = graph_file(part, form)
     if graph not in manifest.files:
-        raise EngineError(
-            f"bundle must hold {graph}, got {bundle} without it; export with --precision {options.precision}"
-        )
+        how = "--target int8 --frames ..." if options.precision == "int8" else f"--precision {form}"
+        raise EngineError(f"bundle must hold {graph}, got {bundle} without it; export with {how}")
     maps_last = channels_last(part, manifest, options.precision)
     profiles = profiles_of(part, manifest, options)
     plan = build_plan(

@@ -39,6 +39,9 @@ class Tolerance:
     """Smallest share of the compared proposals that are the same."""
 
 
+INT8_TOLERANCE = Tolerance(cosine=0.99)
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How one K came out."""

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..bundle import BACKBONE, DENOISE_STEP, BundleError, Manifest, load_manifest
+from ..bundle import BundleError, Manifest, Precision, QuantizedForm, graph_file, load_manifest
 from ..models.detections import Float32Array
 from ..models.detector import Detector, PersonDetector
 from ..models.sampling import (
@@ -26,7 +26,9 @@ from ..models.sampling import (
 from .triton_detector import TritonDetector
 
 # What computes on this machine; TRITON is asked over the network.
-BACKENDS = ("onnxruntime", "openvino", "openvino-bf16")
+BACKENDS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16")
+# Those that compute in 8 bits, where a bundle has the graphs for it.
+INT8_BACKENDS = ("onnxruntime-int8",)
 TRITON = "triton"
 DEFAULT_SERVER = "localhost:8001"
 
@@ -71,7 +73,7 @@ def detector_of(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
     if threads is not None and threads < 1:
         raise ValueError(f"threads must be a whole number >= 1, got {threads}")
-    return Detector(_engine(folder, backend, threads), settings_of(manifest))
+    return Detector(_engine(manifest, folder, backend, threads), settings_of(manifest))
 
 
 def settings_of(manifest: Manifest) -> SamplerSettings:
@@ -91,21 +93,37 @@ def settings_of(manifest: Manifest) -> SamplerSettings:
     )
 
 
-def _engine(folder: Path, backend: str, threads: int | None) -> Engine:
+def _engine(manifest: Manifest, folder: Path, backend: str, threads: int | None) -> Engine:
     if backend == "onnxruntime":
         return OnnxEngine(folder, threads)
+    if backend == "onnxruntime-int8":
+        _check_quantized(manifest, folder)
+        return OnnxEngine(folder, threads, "int8")
     from .openvino_engine import OpenVinoEngine
 
     return OpenVinoEngine(folder, threads, "bf16" if backend == "openvino-bf16" else "f32")
 
 
+def _check_quantized(manifest: Manifest, folder: Path) -> None:
+    for name in (graph_file("backbone", "int8"), graph_file("denoise_step", "int8")):
+        # What the manifest does not list was never hashed, and is not served.
+        if name not in manifest.files:
+            raise BundleError(
+                f"bundle must hold {name} for backend onnxruntime-int8, got {folder} without it; "
+                f"make it with psdiff export {folder} --target int8 --frames FOLDER_OR_VIDEO"
+            )
+
+
 class OnnxEngine:
     """The two graphs of a bundle in onnxruntime, on the CPU."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, threads: int | None = None, precision: Precision | QuantizedForm = "fp32"
+    ) -> None:
         """threads: by default one a core. Raises BundleError where a graph cannot be loaded."""
-        self._backbone = _session(folder / BACKBONE, BACKBONE_INPUTS, FEATURES, threads)
-        self._denoise_step = _session(folder / DENOISE_STEP, STEP_INPUTS, StepOutput._fields, threads)
+        backbone, denoise_step = (graph_file(part, precision) for part in ("backbone", "denoise_step"))
+        self._backbone = _session(folder / backbone, BACKBONE_INPUTS, FEATURES, threads)
+        self._denoise_step = _session(folder / denoise_step, STEP_INPUTS, StepOutput._fields, threads)
 
     def backbone(self, images: NDArray[np.uint8]) -> Features:
         """(B, H, W, 3) uint8 RGB canvases -> feature pyramid p2..p5."""
@@ -132,6 +150,9 @@ def _session(
     # Waiting threads sleep instead of spinning: decoders and encoders need the cores meanwhile. Measured with
     # two graphs and two threads on two cores that others use too: 190 instead of 640 ms a frame (K=2).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without VNNI the quick kernel for unsigned times signed adds pairs in 16 bits, which overflow: the pyramid of
+    # psdiff_mobile then has 11 dB of signal to error instead of 17. Processors with VNNI do not look at this.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors only; a warning a graph node helps no user
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -21,8 +21,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..bundle import MANIFEST, REFERENCE, BundleError, Manifest, file_sha256
 from ..models.detector import Detector, PersonDetector
-from ..models.verification import Comparison, Tolerance, compare
-from .detector import DEFAULT_SERVER, TRITON, backend_version, detector_of, settings_of
+from ..models.verification import INT8_TOLERANCE, Comparison, Tolerance, compare
+from .detector import (
+    DEFAULT_SERVER,
+    INT8_BACKENDS,
+    TRITON,
+    backend_version,
+    detector_of,
+    settings_of,
+)
 from .triton_detector import TritonDetector
 
 
@@ -53,6 +60,11 @@ class Proof(BaseModel):
         ]
 
 
+def tolerance_of(backend: str) -> Tolerance:
+    """What a backend's arithmetic is held to: embeddings in 8 bits may turn a little further, boxes may not move."""
+    return INT8_TOLERANCE if backend in INT8_BACKENDS else Tolerance()
+
+
 def verify(
     detector: Detector, manifest: Manifest, folder: Path, backend: str, tolerance: Tolerance | None = None
 ) -> Proof:
@@ -60,7 +72,7 @@ def verify(
 
     Raises BundleError where there is no reference, or one that belongs to another form of bundle.
     """
-    tolerance = tolerance or Tolerance()
+    tolerance = tolerance or tolerance_of(backend)
     try:
         with np.load(folder / REFERENCE) as reference:
             comparisons = compare(detector.engine, reference, detector.settings, tolerance)
@@ -77,7 +89,7 @@ def verify(
         tolerance=asdict(tolerance),
         comparisons=comparisons,
     )
-    if not proof.faults and tolerance == Tolerance():
+    if not proof.faults and tolerance == tolerance_of(backend):
         _keep(proof)
     return proof
 
@@ -89,7 +101,8 @@ def require_proof(detector: Detector, manifest: Manifest, folder: Path, backend:
     if proof.faults:
         raise BundleError(
             f"{folder} must compute what PyTorch computed before it is served, got {proof.faults[0]}; "
-            f"psdiff verify {folder} shows more; export the bundle again, or update {proof.backend}"
+            f"psdiff verify {folder} --backend {backend} shows more; export the bundle again, or update "
+            f"{proof.backend}"
         )
     return proof
 

@@ -42,6 +42,7 @@ TORCH_FREE = (
     "kernels.device_array",
     "kernels.launch",
     "export.engines",
+    "export.int8",
     "training.synthetic",
     "training.datasets",
     "training.city",
