@@ -28,7 +28,8 @@ from ..bundle import (
     load_manifest,
     write_manifest,
 )
-from ..models.sampling import Detector, Engine
+from ..models.detector import Detector
+from ..models.sampling import Engine
 from ..models.verification import INT8_TOLERANCE, Comparison, compare
 from .calibration import Method, Recording, ranges_of, record
 from .precision_report import PrecisionReport, proof_rows, stayed, tensor_errors

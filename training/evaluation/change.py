@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from ...models.sampling import Detector
+from ...models.detector import Detector
 from ..datasets.images import read_image
 from ..datasets.load import load_person_search
 from . import clips
