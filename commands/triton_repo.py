@@ -55,6 +55,10 @@ def triton_repo(
 
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")
+    if precision.value == "int8":
+        raise UsageError(
+            "precision must be fp16, bf16 or fp32, got int8, which has no graphs of K steps in one piece"
+        )
     try:
         options = RepositoryOptions(
             backend=backend,
