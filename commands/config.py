@@ -22,7 +22,7 @@ SiteFile = Annotated[
 @reported_errors()
 def check(path: SiteFile) -> None:
     """Say whether a file describes a site, and whether the secrets that it names are there."""
-    from ..runtime.site import load_site, resolved_url
+    from ..runtime.site_file import load_site, resolved_url
 
     site = load_site(path)
     for camera in site.cameras:
@@ -37,7 +37,7 @@ def show(path: SiteFile) -> None:
     """Print the site with every default filled in, and without logins."""
     import yaml
 
-    from ..runtime.site import load_site, shown
+    from ..runtime.site_file import load_site, shown
 
     typer.echo(yaml.safe_dump(shown(load_site(path)), sort_keys=False), nl=False)
 
@@ -45,6 +45,6 @@ def show(path: SiteFile) -> None:
 @config_app.command()
 def schema() -> None:
     """Print the JSON Schema of the file, for editors."""
-    from ..runtime.site import Site
+    from ..runtime.site_file import Site
 
     typer.echo(json.dumps(Site.model_json_schema(), indent=2))
