@@ -146,6 +146,22 @@ class Attention(nn.Module):
         merged = attended.transpose(1, 2).flatten(2)
         return self.norm(queries + _tokenwise(merged, self.out.weight, self.out.bias))
 
+    def of_one_query(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """One query (M, C) over the tokens (M, P, C) of its region -> (M, C): what forward gives, for less.
+
+        Keys and values of all tokens are never made. A score q (W x) is (q W) x, so the query meets the weights
+        of the keys first; tokens are averaged before they meet the weights of the values. The bias of the keys
+        moves all scores of a query alike, which softmax does not see.
+        """
+        key_weight, value_weight = (
+            weight.unflatten(0, (self.num_heads, -1)) for weight in self.key_value.weight.chunk(2)
+        )
+        heads = self.query(query).unflatten(1, (self.num_heads, -1)).transpose(0, 1)
+        asked = (heads * heads.shape[-1] ** -0.5 @ key_weight).transpose(0, 1)
+        averaged = (asked @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+        values = (averaged.transpose(0, 1) @ value_weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        return self.norm(query + self.out(values + self.key_value.bias.chunk(2)[1]))
+
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -242,6 +258,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, embedding: Tensor, tokens: Tensor) -> Tensor:
         """Embedding (M, C), tokens (M, P, C) -> (M, C)."""
+        if torch.compiler.is_exporting():
+            return self.attention.of_one_query(embedding, tokens)
         return self.attention(embedding[:, None], tokens)[:, 0]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from psdiff.models.backbone import Backbone
 from psdiff.models.config import PSDiffConfig, load_preset, preset_names
-from psdiff.models.denoiser import DynamicConv, TimeEmbedding, apply_deltas
+from psdiff.models.denoiser import Attention, DynamicConv, TimeEmbedding, apply_deltas
 from psdiff.models.person_search import PSDiff
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -238,3 +238,12 @@ def test_only_the_position_code_tells_a_shuffled_region_from_the_original():
     torch.testing.assert_close(mean(tokens, embedding), mean(shuffled, embedding), atol=1e-5, rtol=1e-4)
     squeeze = DynamicConv(tiny().config)
     assert (squeeze(tokens, embedding) - squeeze(shuffled, embedding)).abs().max() > 1e-2
+
+
+def test_attention_of_one_query_is_attention():
+    torch.manual_seed(0)
+    attention = Attention(16, 4)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    query, tokens = torch.randn(5, 16), torch.randn(5, 9, 16)
+    torch.testing.assert_close(attention.of_one_query(query, tokens), attention(query[:, None], tokens)[:, 0])
