@@ -83,7 +83,7 @@ def run(
         Path | None, typer.Option(help="Folder of the model. Default: the one that comes with psdiff.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino, openvino-bf16, or triton.")
+        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino, openvino-bf16, tensorrt, triton.")
     ] = "onnxruntime",
     server: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="With --backend triton: its gRPC service.")

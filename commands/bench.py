@@ -22,7 +22,7 @@ def bench(
         Path | None, typer.Argument(help="Folder of the bundle. Default: the one that comes with psdiff.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino, openvino-bf16.")
+        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino, openvino-bf16, tensorrt.")
     ] = "onnxruntime",
     steps: Annotated[str, typer.Option(metavar="K,...", help="Numbers of steps.")] = "1,2,4,8",
     batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,

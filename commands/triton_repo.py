@@ -19,7 +19,7 @@ def triton_repo(
         "models"
     ),
     backend: Annotated[
-        str, typer.Option(help="What the model psdiff computes with: onnxruntime, openvino, openvino-bf16.")
+        str, typer.Option(help="What the model psdiff computes with: a backend of psdiff run.")
     ] = "onnxruntime",
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of an instance. Default: one a core.")

@@ -23,7 +23,7 @@ def verify(
         Path | None, typer.Argument(help="Folder of the bundle. Default: the one that comes with psdiff.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino or openvino-bf16.")
+        str, typer.Option(help="onnxruntime, onnxruntime-int8, openvino, openvino-bf16, tensorrt.")
     ] = "onnxruntime",
     cosine: Annotated[
         float | None,

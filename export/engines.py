@@ -8,15 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict
 
 from ..bundle import Manifest, Precision, QuantizedForm, file_sha256, graph_file, load_manifest
 from ..kernels.driver import CudaError, DriverNotFoundError
 from ..kernels.launch import open_driver
 from ..models.config import PSDiffConfig
 from ..models.sampling import FEATURES
+from ..plans import PLANS, PLUGIN_LIBRARY, SIDECAR, EnginePrecision, EngineRecord, EnginesRecord
 from .layer_table import kinds
 from .tensorrt_plan import (
     RTX,
@@ -29,18 +27,12 @@ from .tensorrt_plan import (
     tensorrt_module,
 )
 
-PLANS = "plans"
-SIDECAR = "engines.json"
 TIMING_CACHE = "timing.cache"
 STRIDES = (4, 8, 16, 32)
 
 # With a multiple of eight channels, channels last in vectors of eight are the bytes of (B, h, w, C), which is what
 # ROIAlign reads. TensorRT has that format for half precision alone.
 CHANNELS_PER_VECTOR = 8
-
-
-EnginePrecision = Precision | Literal["int8"]
-"""int8: where the bundle was quantised; all else is float32 there."""
 
 
 @dataclass(frozen=True)
@@ -63,38 +55,6 @@ class EngineOptions:
     """The most scratch memory that a kernel may take; None leaves it to TensorRT."""
 
 
-class EngineRecord(BaseModel):
-    """One engine of a target."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    file: str
-    sha256: str
-    graph: str
-    graph_sha256: str
-    kernels: dict[str, int]
-    """How many of each kind; empty where TensorRT does not say."""
-    scratch_bytes: int
-    stream_capturable: bool | None
-    profiles: list[dict[str, tuple[list[int], list[int], list[int]]]]
-    channels_last: list[str]
-    """Inputs and outputs that lie (B, h, w, C) in memory."""
-
-
-class EnginesRecord(BaseModel):
-    """The sidecar: a runtime compares it with the device and the bundle before it loads an engine."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    sm: int
-    tensorrt: str
-    """Name and version of what built them; a plan loads in this version alone."""
-    precision: EnginePrecision
-    embedding_space: str
-    plugin_sha256: str | None
-    engines: dict[str, EngineRecord]
-
-
 def build_engines(
     bundle: Path, options: EngineOptions, on_step: Callable[[str], None] = lambda step: None
 ) -> Path:
@@ -114,6 +74,8 @@ def build_engines(
         made.mkdir()
         if (folder / TIMING_CACHE).is_file():
             shutil.copy(folder / TIMING_CACHE, made)
+        if options.plugin_library is not None:
+            shutil.copy(options.plugin_library, made / PLUGIN_LIBRARY)
         record = _record(trt, options, manifest)
         for part in parts_of(options):
             on_step(f"building {part} for sm_{options.sm} in {options.precision}")

@@ -16,7 +16,6 @@ import onnx
 import torch
 from onnx import TensorProto, defs, helper
 from onnxscript import FLOAT
-from onnxscript import opset20 as op
 from onnxscript.values import Opset
 from torch import Tensor, nn
 from torch.export import Dim
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from ..kernels.reference import FINEST_LEVEL
 from ..kernels.roi_bags import row_table, rows_and_weights
 from ..models.config import PSDiffConfig
-from .tracing import to_onnx
+from .tracing import OPSET, to_onnx
 
 DOMAIN = "psdiff"
 DOMAIN_VERSION = 1
@@ -45,6 +44,8 @@ ALWAYS_FLOAT32 = ("boxes_xyxy", "weight1", "bias1", "weight2", "bias2")
 
 # The stubs of onnxscript do not know a domain's own operators.
 _psdiff: Any = Opset(DOMAIN, DOMAIN_VERSION)
+# ... and take no value for another's input that might have been left out.
+_onnx: Any = Opset("", OPSET)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
@@ -64,11 +65,13 @@ def _attention(query: FLOAT, key: FLOAT, value: FLOAT, **_: Any) -> FLOAT:
     The exporter's own translation turns the keys by way of another shape, where onnxruntime cannot let the product
     read them turned: two copies of all keys, a twentieth of a step.
     """
-    size = op.Squeeze(op.Shape(query, start=3, end=4))
-    scale = op.CastLike(op.Sqrt(op.Cast(size, to=TensorProto.FLOAT)), query)
+    size = _onnx.Squeeze(_onnx.Shape(query, start=3, end=4))
+    scale = _onnx.CastLike(_onnx.Sqrt(_onnx.Cast(size, to=TensorProto.FLOAT)), query)
     # Scaled before the product, which then stays within the range of float16.
-    weights = op.Softmax(op.MatMul(op.Div(query, scale), op.Transpose(key, perm=[0, 1, 3, 2])), axis=-1)
-    return op.MatMul(weights, value)
+    weights = _onnx.Softmax(
+        _onnx.MatMul(_onnx.Div(query, scale), _onnx.Transpose(key, perm=[0, 1, 3, 2])), axis=-1
+    )
+    return _onnx.MatMul(weights, value)
 
 
 def _roi_align_node(

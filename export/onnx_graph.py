@@ -5,6 +5,8 @@ Legend: B images, H, W canvas, N proposals, E embedding dimension, M = B*N, C ch
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from . import functions
 from .tracing import to_onnx
 
 
-class _DenoiseStep(nn.Module):
+class DenoiseStep(nn.Module):
     """PSDiff.denoise_step with the pyramid as four arguments, as a graph wants them."""
 
     def __init__(self, model: PSDiff) -> None:
@@ -39,12 +41,28 @@ class _DenoiseStep(nn.Module):
 
 def backbone_graph(model: PSDiff) -> onnx.ModelProto:
     """Image u8 [B,H,W,3] -> p2..p5 [B,C,H/s,W/s]; B is dynamic."""
+    inputs, shapes = backbone_example(model)
+    return to_onnx(model.backbone, inputs, BACKBONE_INPUTS, FEATURES, shapes)
+
+
+def backbone_example(model: PSDiff) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Inputs of the backbone for tracing it, and which of their axes are dynamic."""
     images = torch.zeros(2, model.config.height, model.config.width, 3, dtype=torch.uint8)
-    return to_onnx(model.backbone, (images,), BACKBONE_INPUTS, FEATURES, ({0: Dim("batch")},))
+    return (images,), ({0: Dim("batch")},)
 
 
 def denoise_step_graph(model: PSDiff) -> onnx.ModelProto:
     """p2..p5, boxes_t, emb_t, t, t_next -> the fields of StepOutput; B and N are dynamic."""
+    inputs, shapes = step_example(model)
+    graph = to_onnx(
+        DenoiseStep(model), inputs, STEP_INPUTS, StepOutput._fields, shapes, functions.translations()
+    )
+    functions.add_functions(graph, model.config, next(model.parameters()).dtype)
+    return graph
+
+
+def step_example(model: PSDiff) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+    """Inputs of DenoiseStep for tracing it, and which of their axes are dynamic."""
     config, batch, dtype = model.config, Dim("batch"), next(model.parameters()).dtype
     # Two images and an odd number of proposals: sizes that export cannot mistake for constants.
     images, proposals = 2, config.num_proposals + 1
@@ -56,9 +74,4 @@ def denoise_step_graph(model: PSDiff) -> onnx.ModelProto:
     times = (torch.full((images,), 999), torch.full((images,), 499))
     per_proposal = {0: batch, 1: Dim("num_proposals")}
     shapes = (*({0: batch} for _ in FEATURES), per_proposal, per_proposal, {0: batch}, {0: batch})
-    inputs = (*pyramid, *state, *times)
-    graph = to_onnx(
-        _DenoiseStep(model), inputs, STEP_INPUTS, StepOutput._fields, shapes, functions.translations()
-    )
-    functions.add_functions(graph, config, dtype)
-    return graph
+    return (*pyramid, *state, *times), shapes

@@ -12,7 +12,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from cuda.bindings import driver as cuda  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
-from .driver import CudaError, Function, Memory, Module, Place, Stream, check_copy, check_num_bytes
+from .driver import (
+    CudaError,
+    Function,
+    Memory,
+    Module,
+    OwnedStream,
+    Place,
+    Stream,
+    check_copy,
+    check_num_bytes,
+)
 
 Handle: TypeAlias = Any
 """An object of cuda.bindings that wraps a handle of the driver."""
@@ -45,6 +55,12 @@ class CudaPythonDriver:
         with self._current():
             module = _call(cuda.cuModuleLoadData, image)
         return partial(self._function, module)
+
+    def create_stream(self) -> Stream:
+        """Make a stream: see Driver."""
+        with self._current():
+            handle = _call(cuda.cuStreamCreate, cuda.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
+        return OwnedStream(int(handle), partial(self._destroy, handle))
 
     def launch(
         self, function: Function, grid: tuple[int, int, int], threads: int, args: bytes, *, stream: Stream = 0
@@ -91,6 +107,10 @@ class CudaPythonDriver:
     def _free(self, pointer: Handle) -> None:
         with self._current():
             _call(cuda.cuMemFree, pointer)
+
+    def _destroy(self, stream: Handle) -> None:
+        with self._current():
+            _call(cuda.cuStreamDestroy, stream)
 
     @contextmanager
     def _current(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What starting kernels needs of a CUDA driver: four functions, device memory, and the errors.
+"""What starting kernels needs of a CUDA driver: five functions, device memory, and the errors.
 
 cuda_driver.py and pycuda_driver.py implement Driver; launch.py opens one of them. No torch, no TensorRT: both use
 the primary context of a device, as torch and TensorRT do, so that pointers and streams of one process are shared.
@@ -42,7 +42,7 @@ class DriverNotFoundError(RuntimeError):
 
 
 class Driver(Protocol):
-    """A CUDA device by four functions. Each may be called from any thread, whatever context is current there."""
+    """A CUDA device by five functions. Each may be called from any thread, whatever context is current there."""
 
     @property
     def arch(self) -> str:
@@ -55,6 +55,13 @@ class Driver(Protocol):
 
     def load_module(self, image: bytes) -> Module:
         """Load a cubin; it stays loaded as long as the process runs. Raises CudaError."""
+        ...
+
+    def create_stream(self) -> Stream:
+        """Make a stream that does not wait for the default one, destroyed when it is dropped. Raises CudaError.
+
+        Its `handle`, an int, is what other libraries take for the stream.
+        """
         ...
 
     def launch(
@@ -91,6 +98,14 @@ class Memory:
         if needed > self.num_bytes:
             raise ValueError(f"shape must fit {self.num_bytes} bytes, got {shape} of {dtype}: {needed} bytes")
         return DeviceArray(self.pointer, shape, dtype)
+
+
+class OwnedStream:
+    """A stream that is destroyed when this object is dropped."""
+
+    def __init__(self, handle: int, destroy: Callable[[], None]) -> None:
+        self.handle = handle
+        self.destroy = weakref.finalize(self, destroy)
 
 
 def check_num_bytes(num_bytes: int) -> None:

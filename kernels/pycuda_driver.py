@@ -50,6 +50,12 @@ class PyCudaDriver:
             module = cuda.module_from_buffer(image)
         return partial(self._function, module)
 
+    def create_stream(self) -> Stream:
+        """Make a stream: see Driver."""
+        with self._current():
+            # CU_STREAM_NON_BLOCKING, for which PyCUDA has no name.
+            return cuda.Stream(1)
+
     def launch(
         self, function: Function, grid: tuple[int, int, int], threads: int, args: bytes, *, stream: Stream = 0
     ) -> None:

@@ -2,6 +2,7 @@
 
 Legend: B images, N proposals, M = B*N regions, C channels, E embedding dimension, P = S*S tokens of a region,
 D dynamic width. Source: PSDiff (arXiv:2309.11125), sec. III; what the paper leaves open is marked.
+The layer with all its ablations is one subject, hence the many lines.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from .triton_detector import TritonDetector
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
 
 # What computes on this machine; TRITON is asked over the network.
-BACKENDS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16")
+BACKENDS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "tensorrt")
 # Those that compute in 8 bits, where a bundle has the graphs for it.
 INT8_BACKENDS = ("onnxruntime-int8",)
 TRITON = "triton"
@@ -38,7 +38,11 @@ DEFAULT_SERVER = "localhost:8001"
 
 
 def backend_version(backend: str) -> str:
-    """Name and version of what a backend computes with."""
+    """Name and version of what a backend computes with. Raises ValueError where it is missing."""
+    if backend == "tensorrt":
+        from .tensorrt_engine import tensorrt_version
+
+        return tensorrt_version()
     return f"{backend} {version(backend.partition('-')[0])}"
 
 
@@ -103,6 +107,10 @@ def _engine(manifest: Manifest, folder: Path, backend: str, threads: int | None)
     if backend == "onnxruntime-int8":
         _check_quantized(manifest, folder)
         return OnnxEngine(folder, threads, "int8")
+    if backend == "tensorrt":
+        from .tensorrt_engine import TensorRtEngine
+
+        return TensorRtEngine(folder, manifest)
     from .openvino_engine import OpenVinoEngine
 
     return OpenVinoEngine(folder, threads, "bf16" if backend == "openvino-bf16" else "f32")

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..bundle import MANIFEST, REFERENCE, BundleError, Manifest, file_sha256
 from ..models.detector import Detector, PersonDetector
 from ..models.verification import INT8_TOLERANCE, Comparison, Tolerance, compare
+from ..plans import sidecars_sha256
 from .detector import (
     DEFAULT_SERVER,
     INT8_BACKENDS,
@@ -83,7 +84,7 @@ def verify(
     proof = Proof(
         model_id=manifest.model_id,
         manifest_sha256=file_sha256(folder / MANIFEST),
-        backend=backend_version(backend),
+        backend=_computed_by(folder, backend),
         machine=machine(),
         checked_at=datetime.now(UTC),
         tolerance=asdict(tolerance),
@@ -128,7 +129,7 @@ def open_proven(
 
 def kept_proof(folder: Path, backend: str) -> Proof | None:
     """The proof that this bundle, backend and machine have given before; None where there is none."""
-    path = _place(file_sha256(folder / MANIFEST), backend_version(backend), machine())
+    path = _place(file_sha256(folder / MANIFEST), _computed_by(folder, backend), machine())
     try:
         return Proof.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError):
@@ -146,6 +147,12 @@ def machine() -> str:
         ]
         name = models[0] if models else name
     return f"{platform.system()} {platform.machine()} {name}"
+
+
+def _computed_by(folder: Path, backend: str) -> str:
+    """The backend and its version; for TensorRT its engines too, which the manifest does not hold."""
+    name = backend_version(backend)
+    return f"{name} {sidecars_sha256(folder)[:12]}" if backend == "tensorrt" else name
 
 
 def _keep(proof: Proof) -> None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "training.synthetic": (),
     "training.datasets": (),
     "training.city": ("training.synthetic", "training.datasets"),
-    "export": ("models", "kernels", "bundle", "runtime.triton_contract"),
+    "export": ("models", "kernels", "bundle", "plans", "runtime.triton_contract"),
     "runtime": (
         "models.detections",
         "models.detector",
@@ -28,8 +28,13 @@ ALLOWED = {
         "models.sampling",
         "models.verification",
         "bundle",
+        "plans",
+        # Device memory, copies and streams, which need no torch: docs/adr/0012.
+        "kernels.driver",
+        "kernels.launch",
     ),
     "bundle": (),
+    "plans": ("bundle",),
     "cli": ("bundle", "runtime"),
 }
 # These sit on top and may import every part; nothing may import them.
@@ -47,6 +52,7 @@ TORCH_FREE = (
     "training.datasets",
     "training.city",
     "bundle",
+    "plans",
     "cli",
     "commands",
     "demo",

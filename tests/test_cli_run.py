@@ -83,7 +83,7 @@ def test_several_people_in_the_query_are_a_warning(psdiff, video, person):
         (["gate.mp4", "--steps", "0"], "steps must be a whole number from 1 to 4, got 0"),
         (
             ["gate.mp4", "--backend", "magic"],
-            "backend must be one of onnxruntime, onnxruntime-int8, openvino, openvino-bf16, got magic",
+            "backend must be one of onnxruntime, onnxruntime-int8, openvino, openvino-bf16, tensorrt, got magic",
         ),
         (["gate.mp4", "--box", "1,2,3,4"], "--box must come with --query"),
         (

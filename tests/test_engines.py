@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 from psdiff.__main__ import app
 from psdiff.bundle import BundleError, graph_file, load_manifest
-from psdiff.export.engines import EngineOptions, EnginesRecord, build_engines, channels_last, profiles_of
+from psdiff.export.engines import EngineOptions, build_engines, channels_last, profiles_of
 from psdiff.export.layer_table import Layer, LayerTensor, kinds, read_layers, read_memory
 from psdiff.export.tensorrt_plan import EngineError, PlanOptions, build_plan, load_plugins, tensorrt_module
 from psdiff.models.sampling import FEATURES
+from psdiff.plans import EnginesRecord
 from typer.testing import CliRunner
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
