@@ -19,6 +19,7 @@ class Target(StrEnum):
     onnx = "onnx"
     int8 = "int8"
     trt = "trt"
+    torch_tensorrt = "torch-tensorrt"
 
 
 class Calibration(StrEnum):
@@ -73,7 +74,8 @@ def export(
     target: Annotated[
         Target,
         typer.Option(
-            help="onnx: the bundle alone. int8: its graphs in 8 bits, too. trt: TensorRT engines in plans."
+            help="onnx: the bundle alone. int8: its graphs in 8 bits, too. trt: TensorRT engines in plans. "
+            "torch-tensorrt: modules for PyTorch there."
         ),
     ] = Target.onnx,
     frames: Annotated[
@@ -160,8 +162,9 @@ def export(
         raise UsageError(f"out must be the folder of the bundle to write, got none for {source}")
     if frames is not None:
         _quantized(bundle, frames, max_frames, calibration.value, keep_fp32.value)
-    if target is Target.trt:
+    if target in (Target.trt, Target.torch_tensorrt):
         _engines(
+            target,
             bundle,
             precisions or ["fp16"],
             sm,
@@ -246,21 +249,32 @@ def _canvases(frames: Path, most: int, width: int, height: int) -> list[Any]:
         return spread((letterboxed(frame.image) for frame in source), most)
 
 
-def _engines(bundle: Path, precisions: list[Any], sm: int | None, **options: Any) -> None:
+def _engines(target: Target, bundle: Path, precisions: list[Any], sm: int | None, **options: Any) -> None:
     from ..export.engines import EngineOptions, build_engines, sm_of_this_machine
     from ..export.tensorrt_plan import EngineError
 
+    build = build_engines
     for precision in precisions:
         with _status() as tell:
             try:
+                if target is Target.torch_tensorrt:
+                    build = _torch_tensorrt()
                 gpu = sm_of_this_machine() if sm is None else sm
-                folder = build_engines(bundle, EngineOptions(gpu, precision, **options), tell)
+                folder = build(bundle, EngineOptions(gpu, precision, **options), tell)
             except EngineError as error:
                 raise UsageError(str(error)) from None
-        plans = list(folder.glob("*.plan"))
+        plans = [*folder.glob("*.plan"), *folder.glob("*.pt2")]
         typer.echo(
             f"wrote {folder}: {len(plans)} engines, {sum(p.stat().st_size for p in plans) / 1e6:.1f} MB"
         )
+
+
+def _torch_tensorrt() -> Callable[..., Path]:
+    """Before a GPU is looked for: what is not installed is the first thing to be told."""
+    from ..export.torch_tensorrt_path import compile_modules, torch_tensorrt_module
+
+    torch_tensorrt_module()
+    return compile_modules
 
 
 @contextmanager

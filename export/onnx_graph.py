@@ -36,6 +36,7 @@ class DenoiseStep(nn.Module):
         t: Tensor,
         t_next: Tensor,
     ) -> tuple[Tensor, ...]:
+        """The arguments are the inputs of the graph, the results its outputs."""
         return self.model.denoise_step((p2, p3, p4, p5), boxes_t, emb_t, t, t_next)
 
 
