@@ -23,6 +23,8 @@ from onnx import helper
 from .layer_table import Layer, read_layers, read_memory
 
 RTX = "tensorrt_rtx"
+# functions.ROI_ALIGN, which cannot be imported where there is no torch.
+ROI_ALIGN = "PSRoiAlignCL"
 
 Shapes = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """Smallest, usual and largest shape of an input."""
@@ -146,6 +148,7 @@ def _parse(trt: ModuleType, network: Any, path: Path, options: PlanOptions) -> N
     except DecodeError as error:
         raise EngineError(f"{path} must be an ONNX graph, got: {error}") from None
     inputs_channels_last(graph, options.channels_last)
+    sums_for_products(graph)
     override = getattr(trt.OnnxParserFlag, "ENABLE_PLUGIN_OVERRIDE", None)
     if options.use_plugins and override is not None:
         parser.set_flag(override)
@@ -157,6 +160,30 @@ def _parse(trt: ModuleType, network: Any, path: Path, options: PlanOptions) -> N
         raise EngineError(
             f"{path} must be a graph that {trt.__name__} {trt.__version__} reads, got: {complaint}"
         )
+
+
+def sums_for_products(graph: onnx.ModelProto) -> None:
+    """Write the product in ROIAlign's function, weights (L, 1, R) by rows (L, R, C), as a weighted sum, in place.
+
+    float32 graphs hold the product since CPUs want it (see functions.py). TensorRT fuses the sum with the gather
+    of the rows: 1.1 GB of scratch memory instead of 2.5 (psdiff_r50, 4 images of 500 proposals, fp32).
+    """
+    for function in (each for each in graph.functions if each.name == ROI_ALIGN):
+        for place, node in enumerate(function.node):
+            if node.op_type != "MatMul":
+                continue
+            weights, rows = node.input
+            turned, weighted, axis = (f"{node.output[0]}_{part}" for part in ("turned", "weighted", "axis"))
+            nodes = [
+                helper.make_node("Transpose", [weights], [turned], perm=[0, 2, 1]),
+                helper.make_node("Mul", [rows, turned], [weighted]),
+                helper.make_node("Constant", [], [axis], value_ints=[1]),
+                helper.make_node("ReduceSum", [weighted, axis], list(node.output), keepdims=1),
+            ]
+            rest = [*function.node[:place], *nodes, *function.node[place + 1 :]]
+            del function.node[:]
+            function.node.extend(rest)
+            break
 
 
 def inputs_channels_last(graph: onnx.ModelProto, names: Sequence[str]) -> None:

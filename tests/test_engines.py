@@ -103,6 +103,14 @@ def test_roi_align_without_the_plugin_is_one_kernel(step):
     assert set(FEATURES) <= {tensor.name for tensor in kernels[0].inputs}
 
 
+def test_roi_align_in_float32_sums_where_cpus_multiply(small_bundle):
+    """Of the product that CPUs want TensorRT would make a kernel of its own, with all rows in memory before it."""
+    plan = compile_part(small_bundle, "denoise_step", "fp32")
+    kernels = [layer for layer in plan.layers if any("PSRoiAlignCL" in node for node in layer.nodes)]
+    assert len(kernels) == 1
+    assert kernels[0].kind == "kgen"
+
+
 def test_attention_is_fused(step):
     fused = [layer for layer in step.layers if "_mha" in layer.name]
     assert len(fused) == 1, "self-attention among 49 tokens; one query makes no keys that could be fused away"
