@@ -8,12 +8,22 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 from psdiff.__main__ import app
 from psdiff.bundle import BundleError, graph_file, load_manifest
 from psdiff.export.engines import EngineOptions, build_engines, channels_last, profiles_of
 from psdiff.export.layer_table import Layer, LayerTensor, kinds, read_layers, read_memory
-from psdiff.export.tensorrt_plan import EngineError, PlanOptions, build_plan, load_plugins, tensorrt_module
+from psdiff.export.tensorrt_plan import (
+    EngineError,
+    PlanOptions,
+    build_plan,
+    load_plugins,
+    sums_for_products,
+    tensorrt_module,
+)
 from psdiff.models.sampling import FEATURES
 from psdiff.plans import EnginesRecord
 from typer.testing import CliRunner
@@ -103,12 +113,25 @@ def test_roi_align_without_the_plugin_is_one_kernel(step):
     assert set(FEATURES) <= {tensor.name for tensor in kernels[0].inputs}
 
 
-def test_roi_align_in_float32_sums_where_cpus_multiply(small_bundle):
-    """Of the product that CPUs want TensorRT would make a kernel of its own, with all rows in memory before it."""
-    plan = compile_part(small_bundle, "denoise_step", "fp32")
-    kernels = [layer for layer in plan.layers if any("PSRoiAlignCL" in node for node in layer.nodes)]
-    assert len(kernels) == 1
-    assert kernels[0].kind == "kgen"
+def test_the_product_of_roi_align_becomes_a_sum_of_the_same_value(small_bundle):
+    graph = onnx.load(small_bundle / "denoise_step.onnx")
+    inputs = {
+        value.name: np.random.default_rng(0)
+        .uniform(0, 1, [side.dim_value or 2 for side in value.type.tensor_type.shape.dim])
+        .astype(np.int64 if value.name.startswith("t") else np.float32)
+        for value in graph.graph.input
+    }
+    outputs = []
+    for rewrite in (lambda graph: None, sums_for_products):
+        rewrite(graph)
+        session = ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        outputs.append(session.run(None, inputs))
+    for product, weighted_sum in zip(*outputs, strict=True):
+        np.testing.assert_allclose(product, weighted_sum, atol=1e-4)
+    [function] = [each for each in graph.functions if each.name == "PSRoiAlignCL"]
+    written = {node.op_type for node in function.node}
+    assert "ReduceSum" in written
+    assert "MatMul" not in written
 
 
 def test_attention_is_fused(step):
