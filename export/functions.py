@@ -63,7 +63,7 @@ def _attention(query: FLOAT, key: FLOAT, value: FLOAT, **_: Any) -> FLOAT:
     """Attention without mask or dropout on (M, heads, L, C), which is all that the network has.
 
     The exporter's own translation turns the keys by way of another shape, where onnxruntime cannot let the product
-    read them turned: two copies of all keys, a twentieth of a step.
+    read them turned: two more copies of all keys.
     """
     size = _onnx.Squeeze(_onnx.Shape(query, start=3, end=4))
     scale = _onnx.CastLike(_onnx.Sqrt(_onnx.Cast(size, to=TensorProto.FLOAT)), query)
@@ -142,7 +142,7 @@ class _RoiAlign(nn.Module):
 def _weighted_sum(taken: Tensor, weights: Tensor) -> Tensor:
     """Rows (L, R, C) and weights (L, R) -> (L, C), written as the runtimes of that precision like it.
 
-    CPUs compute in float32: there products of matrices take a tenth of the time of products that are then summed.
+    CPUs compute in float32: with a product of matrices a step of psdiff_r50 takes 169 ms, with the sum 198.
     GPUs compute in half precision: TensorRT fuses the sum with the gather into one kernel, of a product it makes
     two with all rows in memory between them. ADR 9 has the measurements.
     """
