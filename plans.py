@@ -23,7 +23,7 @@ PLUGIN_LIBRARY = "libpsdiff_trt.so"
 EnginePrecision = Precision | Literal["int8"]
 """int8: where the bundle was quantised; all else is float32 there."""
 
-# Where a device has engines in several, the first of these is taken. In 8 bits only what holds the proof of the others.
+# Where a device has engines in several, the first of these is taken; those in 8 bits must pass the proof of the rest.
 PREFERENCE: tuple[EnginePrecision, ...] = ("fp16", "bf16", "fp32", "int8")
 
 LOOPED = ("backbone", "denoise_step")

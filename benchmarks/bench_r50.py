@@ -27,8 +27,9 @@ from torch.utils.flop_counter import FlopCounterMode
 if __name__ == "__main__" and not __package__:
     __package__ = "psdiff.benchmarks"
 
+from ..models.detector import Detector
 from ..models.person_search import PSDiff, TorchEngine, load_checkpoint, sampler_settings
-from ..models.sampling import Detector, Engine
+from ..models.sampling import Engine
 from ..runtime.detector import OnnxEngine
 from ..runtime.openvino_engine import OpenVinoEngine
 from .bench_detect import FRAME_SIZE, STEPS, bundle_of
