@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Manifest, Precision, file_sha256
+from ..plans import EnginesRecord
 from ..runtime.triton_contract import BACKEND, INTERACTIVE, MANIFEST_SHA256, MODEL, STREAM, THREADS
-from .engines import EnginesRecord
 
 # ONNX element types that cross the border of a graph.
 TYPES = {1: "TYPE_FP32", 2: "TYPE_UINT8", 7: "TYPE_INT64"}

@@ -20,8 +20,8 @@ import numpy as np
 
 from ..bundle import BACKBONE, BundleError, Manifest, Precision, file_sha256, graph_file, load_manifest
 from ..bundle import MANIFEST as MANIFEST_FILE
+from ..plans import PLANS, SIDECAR, EnginesRecord
 from ..runtime.triton_contract import BUNDLE, MODEL
-from .engines import PLANS, SIDECAR, EnginesRecord
 from .tensorrt_plan import RTX
 from .triton_config import (
     Plan,

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from psdiff.bundle import MANIFEST, BundleError, file_sha256, load_manifest, write_manifest
-from psdiff.export.engines import EngineRecord, EnginesRecord
+from psdiff.plans import EngineRecord, EnginesRecord
 from typer.testing import CliRunner
 
 pytest.importorskip("tritonclient", reason="tritonclient is not installed")
