@@ -78,8 +78,17 @@ def build_engines(
             shutil.copy(options.plugin_library, made / PLUGIN_LIBRARY)
         record = _record(trt, options, manifest)
         for part in parts_of(options):
-            on_step(f"building {part} for sm_{options.sm} in {options.precision}")
-            record.engines[part] = _build_part(trt, bundle, manifest, part, options, made)
+            what = f"building {part} for sm_{options.sm} in {options.precision}"
+            on_step(what)
+            record.engines[part] = _build_part(
+                trt,
+                bundle,
+                manifest,
+                part,
+                options,
+                made,
+                lambda phase, what=what: on_step(f"{what}: {phase}"),
+            )
         (made / SIDECAR).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
@@ -168,7 +177,13 @@ def _input_shapes(
 
 
 def _build_part(
-    trt: ModuleType, bundle: Path, manifest: Manifest, part: str, options: EngineOptions, folder: Path
+    trt: ModuleType,
+    bundle: Path,
+    manifest: Manifest,
+    part: str,
+    options: EngineOptions,
+    folder: Path,
+    on_progress: Callable[[str], None],
 ) -> EngineRecord:
     form: Precision | QuantizedForm = "int8-trt" if options.precision == "int8" else options.precision
     graph = graph_file(part, form)
@@ -187,6 +202,7 @@ def _build_part(
             use_plugins=options.use_plugins or options.plugin_library is not None,
             workspace_bytes=options.workspace_bytes,
             timing_cache=folder / TIMING_CACHE,
+            on_progress=on_progress,
         ),
     )
     path = folder / f"{part}.plan"

@@ -8,7 +8,7 @@ for the GPUs that it knows, on a machine without any.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -72,6 +72,8 @@ class PlanOptions:
     """The most scratch memory a kernel may take; None leaves it to TensorRT."""
     timing_cache: Path | None = None
     """Measured times of kernels: read if it is there, and written back. TensorRT-RTX measures nothing."""
+    on_progress: Callable[[str], None] | None = None
+    """Told of the phase that TensorRT is in, and how far that is."""
 
 
 def tensorrt_module() -> ModuleType:
@@ -133,6 +135,8 @@ def build_plan(trt: ModuleType, graph: Path, options: PlanOptions) -> Plan:
             # Vectors of eight channels, channels last: with a multiple of eight these are the plain bytes.
             network.get_output(i).allowed_formats = 1 << int(trt.TensorFormat.HWC8)
     config = _config(trt, builder, options)
+    if options.on_progress is not None:
+        config.progress_monitor = _monitor(trt, options.on_progress)
     data = builder.build_serialized_network(network, config)
     if data is None:
         raise EngineError(f"{graph.name} must compile for sm_{options.sm}, got: {log.first_error()}")
@@ -228,6 +232,27 @@ def _config(trt: ModuleType, builder: Any, options: PlanOptions) -> Any:  # noqa
 def _save_timing_cache(trt: ModuleType, config: Any, path: Path | None) -> None:  # noqa: ANN401
     if trt.__name__ != RTX and path is not None:
         path.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def _monitor(trt: ModuleType, on_progress: Callable[[str], None]) -> Any:  # noqa: ANN401
+    class Monitor(trt.IProgressMonitor):
+        """Tells of the phase that TensorRT is in, and how far that is."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, num_steps: int) -> None:
+            self.totals[name] = num_steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            on_progress(f"{name.lower()}, {step + 1} of {self.totals[name]}")
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.totals.pop(name, None)
+
+    return Monitor()
 
 
 @functools.cache
