@@ -35,9 +35,16 @@ def open_source(
     camera = camera or camera_name(uri)
     url = _rtsp_url(uri)
     if url is not None:
-        timeouts = {"open_timeout_s": open_timeout_s, "read_timeout_s": read_timeout_s}
-        name = without_credentials(uri)
-        return LiveSource(VideoSource(uri, camera, name=name, live=True, every=every, **timeouts))
+        video = VideoSource(
+            uri,
+            camera,
+            name=without_credentials(uri),
+            live=True,
+            every=every,
+            open_timeout_s=open_timeout_s,
+            read_timeout_s=read_timeout_s,
+        )
+        return LiveSource(video)
     return _open_path(Path(uri), camera, every)
 
 

@@ -15,15 +15,15 @@ from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from .capture_time import Arrival
+from .containers import CameraError, open_camera, open_video, reason_of, reference_time, told
 from .frames import Picture, SourceError, VideoFrame
 
 # A demuxer that reports bad data this many times in a row has lost its place in the file.
 MAX_BAD_READS = 100
 
-NO_ANSWER = "no answer in time"
-
-# FFmpeg shows plain text as a film of a terminal; nobody means that.
-TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
+# Reports of the camera's clock that wait for their frame: as many as a decoder ever holds back.
+MAX_REFERENCES = 64
 
 # Cameras and recorders without a clock write the zero of MP4 (1904) or of Unix (1970).
 FIRST_CREDIBLE_YEAR = 1980
@@ -36,8 +36,9 @@ class Decoded(NamedTuple):
     frame: av.VideoFrame
     pts_s: float | None
     """Seconds since the first frame."""
-    arrival: datetime
-    """UTC, the clock of this machine."""
+    arrival: Arrival
+    reference_s: float | None = None
+    """The camera's own clock at this frame, seconds since 1970, where it has told."""
 
 
 class VideoSource:
@@ -53,11 +54,12 @@ class VideoSource:
         every: int = 1,
         open_timeout_s: float = 10.0,
         read_timeout_s: float = 5.0,
+        transport: str = "tcp",
     ) -> None:
         """Open and decode the first frame.
 
         url: what FFmpeg opens. name: what errors call it; without credentials. live: an RTSP camera.
-        Raises SourceError.
+        transport: of RTSP, tcp or udp. Raises SourceError, of a camera CameraError.
         """
         self.camera = camera
         self.every = every
@@ -65,7 +67,12 @@ class VideoSource:
         self.frames_dropped = 0
         self.corrupt_packets = 0
         self._name = name
-        self._container = _open(url, name, live, open_timeout_s, read_timeout_s)
+        self._live = live
+        self._references: dict[int, float] = {}
+        if live:
+            self._container = open_camera(url, name, open_timeout_s, read_timeout_s, transport)
+        else:
+            self._container = open_video(url, name)
         try:
             self._stream = _video_stream(self._container, name)
             # Threads over whole frames are fastest but hold frames back, which a live view must not.
@@ -102,7 +109,7 @@ class VideoSource:
 
     def picture(self, decoded: Decoded) -> VideoFrame:
         """Convert to upright RGB and attach the time."""
-        seq, frame, pts_s, arrival = decoded
+        seq, frame, pts_s, arrival, _ = decoded
         try:
             image = _upright_rgb(frame)
         except (av.error.FFmpegError, ValueError) as error:
@@ -110,7 +117,8 @@ class VideoSource:
                 f"source must have frames that convert to RGB, got {error} in {self._name}"
             ) from None
         if self._created is None or pts_s is None:
-            return VideoFrame(self.camera, seq, pts_s, image, arrival, "arrival")
+            arrived = datetime.fromtimestamp(arrival.utc_s, UTC)
+            return VideoFrame(self.camera, seq, pts_s, image, arrived, "arrival")
         return VideoFrame(self.camera, seq, pts_s, image, self._created + timedelta(seconds=pts_s), "file")
 
     def close(self) -> None:
@@ -132,7 +140,9 @@ class VideoSource:
                 seq = self.frames_decoded
                 self.frames_decoded += 1
                 if seq % self.every == 0:
-                    yield Decoded(seq, frame, pts_s, datetime.now(UTC))
+                    arrival = Arrival(time.time(), time.monotonic())
+                    reference_s = None if frame.pts is None else self._references.pop(frame.pts, None)
+                    yield Decoded(seq, frame, pts_s, arrival, reference_s)
 
     def _seconds_since_start(self, frame: av.VideoFrame) -> float | None:
         # Not frame.time: it is nan for the frames that the decoder hands out at the end.
@@ -161,17 +171,24 @@ class VideoSource:
                 for packet in self._container.demux(self._stream):
                     bad_reads = 0
                     if packet.size:
+                        self._note_reference(packet)
                         yield packet
                 break
             except av.error.InvalidDataError:
                 self.corrupt_packets += 1
                 bad_reads += 1
             except av.error.FFmpegError as error:
-                reason = _reason(error)
-                raise SourceError(
-                    f"source must stay readable to its end, got {reason} from {self._name}"
-                ) from None
+                message = f"source must stay readable to its end, got {told(error)} from {self._name}"
+                raise CameraError(message, reason_of(error)) from None
         yield None
+
+    def _note_reference(self, packet: av.Packet) -> None:
+        """Keep what the camera's clock says of a packet until its frame is decoded."""
+        reference_s = reference_time(packet) if self._live else None
+        if reference_s is not None and packet.pts is not None:
+            if len(self._references) >= MAX_REFERENCES:
+                self._references.pop(next(iter(self._references)))
+            self._references[packet.pts] = reference_s
 
 
 class LiveSource:
@@ -251,41 +268,6 @@ class LiveSource:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
-
-
-def _open(url: str, name: str, live: bool, open_timeout_s: float, read_timeout_s: float) -> InputContainer:
-    if live:
-        return _connect(url, name, open_timeout_s, read_timeout_s)
-    try:
-        container = av.open(url, metadata_errors="replace")
-    except av.error.FFmpegError as error:
-        raise SourceError(f"source must be a video, got {_reason(error)} from {name}") from None
-    if container.format.name in TEXT_FORMATS:
-        container.close()
-        raise SourceError(f"source must be a video, got text in {name}")
-    return container
-
-
-def _connect(url: str, name: str, open_timeout_s: float, read_timeout_s: float) -> InputContainer:
-    # FFmpeg's own socket timeout (microseconds) bounds each wait, PyAV's the opening as a whole.
-    options = {"rtsp_transport": "tcp", "timeout": str(int(read_timeout_s * 1e6))}
-    start = time.monotonic()
-    try:
-        return av.open(
-            url, options=options, timeout=(open_timeout_s, read_timeout_s), metadata_errors="replace"
-        )
-    except av.error.FFmpegError as error:
-        # FFmpeg's RTSP client reports a timeout as invalid data; the clock tells which it was.
-        timed_out = time.monotonic() - start > 0.95 * min(open_timeout_s, read_timeout_s)
-        # The text of an FFmpegError holds the URL, and with it the password; strerror does not.
-        reason = NO_ANSWER if timed_out else _reason(error)
-        raise SourceError(f"source must be a camera that answers, got {reason} from {name}") from None
-
-
-def _reason(error: av.error.FFmpegError) -> str:
-    if isinstance(error, (av.error.ExitError, av.error.TimeoutError)):
-        return NO_ANSWER
-    return f"'{(error.strerror or type(error).__name__).lower()}'"
 
 
 def _video_stream(container: InputContainer, name: str) -> VideoStream:

@@ -6,6 +6,8 @@ The fake engine stands behind the real Detector, so letterbox, noise, NMS and pi
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from fractions import Fraction
 from pathlib import Path
 
@@ -220,6 +222,35 @@ def small_bundle(tmp_path_factory):
     save_checkpoint(model, folder / "model.safetensors", {"preset": "a test"})
     export_bundle(folder / "model.safetensors", folder / "small")
     return folder / "small"
+
+
+RTSP_SERVER = Path(__file__).parent / "rtsp_server.py"
+SYSTEM_PYTHON = "/usr/bin/python3"
+
+
+@pytest.fixture
+def serve():
+    """Start GStreamer's RTSP server over files; gives rtsp://127.0.0.1:PORT and the server's process."""
+    if not shutil.which(SYSTEM_PYTHON):
+        pytest.skip(f"{SYSTEM_PYTHON} is not there; it runs the RTSP server")
+    processes = []
+
+    def start(*files, options=(), port=0):
+        command = [SYSTEM_PYTHON, RTSP_SERVER, "--port", str(port), *options, *files]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        processes.append(process)
+        word, _, rest = process.stdout.readline().strip().partition(" ")
+        if word == "missing":
+            pytest.skip(f"the RTSP server needs the Debian package {rest}")
+        assert word == "ready"
+        return f"rtsp://127.0.0.1:{rest}", process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def write_tiny_graphs(folder):

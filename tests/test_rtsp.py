@@ -1,7 +1,6 @@
 """Real sockets: GStreamer's RTSP server as a camera, and cameras that are not there or do not answer."""
 
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from conftest import walk, write_video
@@ -17,34 +15,6 @@ from psdiff.runtime.frames import SourceError
 from psdiff.runtime.run import run
 from psdiff.runtime.sources import open_source
 from psdiff.runtime.video import LiveSource
-
-SERVER = Path(__file__).parent / "rtsp_server.py"
-SYSTEM_PYTHON = "/usr/bin/python3"
-
-
-@pytest.fixture
-def serve():
-    """Start GStreamer's RTSP server over files; gives rtsp://127.0.0.1:PORT and the server's process."""
-    if not shutil.which(SYSTEM_PYTHON):
-        pytest.skip(f"{SYSTEM_PYTHON} is not there; it runs the RTSP server")
-    processes = []
-
-    def start(*files, options=()):
-        command = [SYSTEM_PYTHON, SERVER, "--port", "0", *options, *files]
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        processes.append(process)
-        word, _, rest = process.stdout.readline().strip().partition(" ")
-        if word == "missing":
-            pytest.skip(f"the RTSP server needs the Debian package {rest}")
-        assert word == "ready"
-        return f"rtsp://127.0.0.1:{rest}", process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 @pytest.fixture

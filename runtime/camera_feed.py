@@ -1,0 +1,215 @@
+"""One camera of a site: a thread that connects, decodes, dates and offers frames, and connects again.
+
+Whatever happens to one camera stays in its thread: the others, and the detector, see its frames stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from .capture_time import CaptureClock, CaptureTime, Trust
+from .connection import SHORTEST_STALL_S, Connection, HostLimit, Reason
+from .containers import CameraError
+from .frame_queues import FrameQueues
+from .frames import Picture, SourceError
+from .sources import without_credentials
+from .video import Decoded, VideoSource
+
+# A camera must describe its stream and send a whole picture in this time.
+OPEN_TIMEOUT_S = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class CameraFrame:
+    """One frame of a camera, dated."""
+
+    camera: str
+    seq: int
+    """Frames that the camera has sent before, over all connections."""
+    image: Picture
+    """(height, width, 3) uint8 RGB."""
+    time: CaptureTime
+    pts_s: float | None
+    """Seconds since the connection's first frame."""
+    connection: int
+    """Which connection brought it: sizes and clocks may differ between two."""
+
+
+@dataclass
+class FeedCounters:
+    """What a camera has sent, over all connections."""
+
+    decoded: int = 0
+    corrupt_packets: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Frames that were not offered, by reason: corrupt, stride."""
+
+
+class CameraFeed:
+    """Follows a camera until it is stopped."""
+
+    def __init__(
+        self,
+        camera: str,
+        url: str,
+        queues: FrameQueues[CameraFrame],
+        limit: HostLimit,
+        *,
+        latency_s: float,
+        sample_fps: float | None = None,
+        transport: str = "tcp",
+        trust_clock: Trust = "auto",
+    ) -> None:
+        """url: rtsp://, with its secrets. latency_s: promised from capture to people; it sets the deadlines.
+
+        sample_fps: frames a second that are offered; None for all.
+        """
+        self.camera = camera
+        self._url = url
+        self._name = without_credentials(url)
+        self._queues = queues
+        self._limit = limit
+        self._latency_s = latency_s
+        self._sample_fps = sample_fps
+        self._transport = transport
+        self._clock = CaptureClock(trust_clock)
+        self._connection = Connection(time.monotonic())
+        self._counters = FeedCounters()
+        self._connections = 0
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._follow, name=f"camera {camera}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end; it does within the read timeout."""
+        self._stopping.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread; False where it is still there."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def status(self) -> dict[str, Any]:
+        """The state of the connection, for people and metrics; without secrets."""
+        now_s = time.monotonic()
+        with self._lock:
+            connection = self._connection
+            connection.check(now_s)
+            offline_since_s = connection.offline_since_s
+            return {
+                "camera": self.camera,
+                "source": self._name,
+                "state": str(connection.state),
+                "reason": None if connection.reason is None else str(connection.reason),
+                "offline_s": None if offline_since_s is None else round(now_s - offline_since_s, 3),
+                "retry_in_s": None
+                if connection.retry_s is None
+                else round(max(0.0, connection.retry_s - now_s), 3),
+                "reconnects": {str(reason): count for reason, count in connection.reconnects.items()},
+                "stalled_s": round(connection.stalled_s, 3),
+                "decoded": self._counters.decoded,
+                "corrupt_packets": self._counters.corrupt_packets,
+                "skipped": dict(self._counters.skipped),
+                "clock_offset_s": self._clock.camera_offset_s,
+            }
+
+    def _follow(self) -> None:
+        while not self._stopping.is_set():
+            with self._lock:
+                self._connection.connect(time.monotonic())
+            try:
+                self._stream()
+                reason, message = Reason.ENDED, "the camera ended its stream"
+            except CameraError as error:
+                reason, message = error.reason, str(error)
+            except SourceError as error:
+                reason, message = Reason.UNSUPPORTED, str(error)
+            # A camera may send anything; what that breaks must not end the thread.
+            except Exception as error:
+                reason, message = Reason.CRASHED, f"{type(error).__name__} in {self._name}"
+                logger.exception("%s: %s", self.camera, message)
+            if self._stopping.is_set():
+                break
+            with self._lock:
+                retry_s = self._connection.fail(reason, time.monotonic())
+            logger.warning("%s: %s; next try in %.1f s", self.camera, message, retry_s - time.monotonic())
+            self._stopping.wait(max(0.0, retry_s - time.monotonic()))
+        with self._lock:
+            self._connection.disable(time.monotonic())
+
+    def _stream(self) -> None:
+        """One connection, to its end."""
+        with self._limit.connecting(urlsplit(self._url).hostname or ""):
+            if self._stopping.is_set():
+                return
+            video = VideoSource(
+                self._url,
+                self.camera,
+                name=self._name,
+                live=True,
+                open_timeout_s=OPEN_TIMEOUT_S,
+                read_timeout_s=SHORTEST_STALL_S,
+                transport=self._transport,
+            )
+        self._connections += 1
+        corrupt_before = self._counters.corrupt_packets
+        planned_s = 0.0
+        with video:
+            for decoded in video.decoded():
+                if self._stopping.is_set():
+                    return
+                now_s = time.monotonic()
+                with self._lock:
+                    self._connection.frame(now_s)
+                    self._counters.decoded += 1
+                    self._counters.corrupt_packets = corrupt_before + video.corrupt_packets
+                    seq = self._counters.decoded - 1
+                    captured = self._clock.time_of(decoded.pts_s, decoded.arrival, decoded.reference_s)
+                    unwanted = self._unwanted(decoded, planned_s)
+                    if unwanted is not None:
+                        self._counters.skipped[unwanted] += 1
+                        continue
+                planned_s = self._next_wanted_s(decoded, planned_s)
+                self._offer(video, decoded, captured, seq, now_s)
+
+    def _unwanted(self, decoded: Decoded, planned_s: float) -> str | None:
+        """Why a frame is not looked at; None where it is."""
+        if decoded.frame.is_corrupt:
+            return "corrupt"
+        if self._sample_fps is None:
+            return None
+        # A PTS that starts again lies before anything that is planned.
+        return "stride" if planned_s - 1 / self._sample_fps <= _video_time(decoded) < planned_s else None
+
+    def _next_wanted_s(self, decoded: Decoded, planned_s: float) -> float:
+        """When the next frame is wanted, after one that was planned for planned_s."""
+        if self._sample_fps is None:
+            return 0.0
+        interval_s, now_s = 1 / self._sample_fps, _video_time(decoded)
+        # By the plan, so that frames between two plans do not lower the rate; anew after a gap.
+        return planned_s + interval_s if 0 <= now_s - planned_s < interval_s else now_s + interval_s
+
+    def _offer(
+        self, video: VideoSource, decoded: Decoded, captured: CaptureTime, seq: int, now_s: float
+    ) -> None:
+        image = video.picture(decoded).image
+        age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s)
+        frame = CameraFrame(self.camera, seq, image, captured, decoded.pts_s, self._connections)
+        self._queues.offer(self.camera, frame, now_s=now_s, deadline_s=now_s - age_s + self._latency_s)
+
+
+def _video_time(decoded: Decoded) -> float:
+    """Seconds on the camera's timeline; on ours where it has none."""
+    return decoded.arrival.monotonic_s if decoded.pts_s is None else decoded.pts_s
