@@ -105,8 +105,6 @@ class StepChooser:
         if not fitting:
             self._times_with_room = 0
             self._current = self._allowed.least
-            # Where nothing runs nothing is learnt: after a stall this tries again.
-            self._correction *= 1 - FORGETTING
             return None
         if fitting[-1] <= self._current:
             self._times_with_room = 0
@@ -118,6 +116,14 @@ class StepChooser:
             self._times_with_room = 0
             self._current += 1
         return self._current
+
+    def least_s(self, batch: int) -> float:
+        """What the fewest steps on B images are expected to take now."""
+        return self.expected_s(self._allowed.least, batch)
+
+    def skip(self) -> None:
+        """Nothing was computed, since nothing fits. Where nothing runs nothing is learnt: expect a little less."""
+        self._correction *= 1 - FORGETTING
 
     def observe(self, steps: int, batch: int, seconds: float) -> None:
         """Learn from a batch that is done."""

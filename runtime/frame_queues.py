@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 QueueMode = Literal["freshest", "bounded", "every_frame"]
-DropReason = Literal["stale", "overflow", "deadline", "removed"]
+DropReason = Literal["stale", "overflow", "deadline", "failed", "removed"]
 
 Content = TypeVar("Content")
 
@@ -24,8 +24,8 @@ class QueuePolicy:
     """How the frames of one camera wait."""
 
     mode: QueueMode = "bounded"
-    """freshest: the newest frame alone. bounded: in order, up to depth. every_frame: in order, and whoever offers
-    waits for room; for files."""
+    """freshest: the newest frame alone. bounded: in order, up to depth. every_frame, for files: in order, whoever
+    offers waits for room, and nothing is ever too late."""
     depth: int = 8
     """Of bounded and every_frame."""
     max_staleness_s: float = 0.5
@@ -121,6 +121,8 @@ class FrameQueues(Generic[Content]):
             elif queue.policy.mode == "bounded" and len(queue.frames) >= queue.policy.depth:
                 queue.frames.popleft()
                 account.dropped["overflow"] += 1
+            if queue.policy.mode == "every_frame":
+                deadline_s = math.inf
             queue.frames.append(Waiting(camera, content, now_s, deadline_s))
             self._changed.notify_all()
             return True
@@ -144,15 +146,21 @@ class FrameQueues(Generic[Content]):
         with self._changed:
             self._changed.wait(timeout_s)
 
-    def take(self, now_s: float) -> list[Waiting[Content]]:
+    def take(
+        self, now_s: float, needed_s: Callable[[int], float] = lambda count: 0.0
+    ) -> list[Waiting[Content]]:
         """Take a batch; empty where no frame waits that is still worth it.
 
-        Cameras that were served less often than their min_fps come first, then the earliest deadline. A camera
-        gives no more than its share while others wait.
+        needed_s: how long so many frames take at the least. Those that cannot be done by their deadline are dropped
+        here, before they push aside others that can. Cameras that were served less often than their min_fps come
+        first, then the earliest deadline. A camera gives no more than its share while others wait.
         """
         with self._changed:
+            waiting = sum(len(queue.frames) for queue in self._queues.values())
+            done_s = now_s + needed_s(min(max(1, waiting), self._max_batch))
             for queue in self._queues.values():
                 self._drop_stale(queue, now_s)
+                self._drop_late(queue, done_s)
             share = math.ceil(
                 self._max_batch / max(1, sum(bool(queue.frames) for queue in self._queues.values()))
             )
@@ -205,6 +213,11 @@ class FrameQueues(Generic[Content]):
         while queue.frames and now_s - queue.frames[0].since_s > queue.policy.max_staleness_s:
             frame = queue.frames.popleft()
             self._accounts[frame.camera].dropped["stale"] += 1
+
+    def _drop_late(self, queue: _Queue[Content], done_s: float) -> None:
+        for frame in [frame for frame in queue.frames if frame.deadline_s < done_s]:
+            queue.frames.remove(frame)
+            self._accounts[frame.camera].dropped["deadline"] += 1
 
     def _is_served(self, queue: _Queue[Content], now_s: float) -> bool:
         return now_s - queue.served_s <= 1 / queue.policy.min_fps if queue.policy.min_fps else True

@@ -71,7 +71,7 @@ def test_freshest_keeps_the_newest_alone():
 def test_bounded_drops_the_oldest_when_full_and_what_waited_too_long():
     each = queues(max_batch=9, depth=3, max_staleness_s=0.5)
     for i in range(5):
-        offer(each, "gate", i, i / 10)
+        offer(each, "gate", i, i / 10, deadline_s=9.0)
     assert each.account("gate").dropped == {"overflow": 2}
     assert contents(each.take(0.85)) == [4]  # 2 and 3 are 0.65 and 0.55 s old
     assert each.account("gate").dropped == {"overflow": 2, "stale": 2}
@@ -119,6 +119,27 @@ def test_a_batch_is_due_at_once_when_it_cannot_grow():
     for camera in CAMERAS:
         offer(other, camera, 0, 1.0)
     assert other.due_s(1.001) == 1.001  # every camera is in
+
+
+def test_what_cannot_be_done_in_time_makes_room_for_what_can():
+    each = queues(max_batch=2)
+    for camera, deadline_s in zip(CAMERAS, (1.05, 1.2, 1.3), strict=True):
+        offer(each, camera, camera, 1.0, deadline_s)
+    counts = []
+
+    def needed_s(count):
+        counts.append(count)
+        return 0.1
+
+    assert contents(each.take(1.0, needed_s)) == ["hall", "lift"]
+    assert each.account("gate").dropped == {"deadline": 1}
+    assert counts == [2]  # as many as a batch can hold
+
+
+def test_a_file_is_never_too_late():
+    each = queues(mode="every_frame", cameras=["file"])
+    offer(each, "file", 0, 1.0, deadline_s=1.0)
+    assert contents(each.take(99.0, lambda count: 9.0)) == [0]
 
 
 def test_frames_that_were_taken_in_vain_are_dropped():
