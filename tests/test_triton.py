@@ -65,7 +65,9 @@ def serve(tmp_path_factory):
 
     def start(options=None, bundle=BUNDLE, flags=()):
         folder = tmp_path_factory.mktemp("triton")
-        write_repository(bundle, folder / "models", options or RepositoryOptions(threads=1))
+        # A machine that runs other tests beside this one must not time requests out.
+        options = options or RepositoryOptions(threads=1, queue_timeout_ms=20_000)
+        write_repository(bundle, folder / "models", options)
         servers.append(triton_server.TritonServer(folder / "models", folder / "log", flags))
         return servers[-1].start()
 
