@@ -75,7 +75,7 @@ def verify(
     """
     tolerance = tolerance or tolerance_of(backend)
     try:
-        with np.load(folder / REFERENCE) as reference:
+        with (folder / REFERENCE).open("rb") as file, np.load(file) as reference:
             comparisons = compare(detector.engine, reference, detector.settings, tolerance)
     except (OSError, BadZipFile, KeyError, ValueError) as error:
         raise BundleError(
