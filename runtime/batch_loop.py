@@ -78,6 +78,11 @@ class BatchLoop:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread works."""
+        return self._thread.is_alive()
+
     def waits_s(self) -> list[float]:
         """How long the latest frames waited from their offer to their computation."""
         return list(self._waits)

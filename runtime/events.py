@@ -74,6 +74,8 @@ class Compute(BaseModel):
     batch: int
     infer_ms: Milliseconds
     """Wall time of the whole batch."""
+    queue_ms: Milliseconds | None = None
+    """From the camera's decoder to the computation; absent where frames do not wait."""
 
 
 class EventData(BaseModel):
@@ -83,6 +85,8 @@ class EventData(BaseModel):
     frame_seq: int
     pts_s: Annotated[float, PlainSerializer(lambda value: round(value, 3), return_type=float)] | None
     ts_source: TimeSource
+    ts_uncertainty_ms: Milliseconds | None = None
+    """Absent where it is not known."""
     frame: FrameSize
     det: DetectedPerson
     match: Match | None = None
@@ -106,9 +110,12 @@ class DetectionEvent(BaseModel):
 
     def line(self) -> str:
         """Return the event as one line of JSON, with its newline."""
-        # pts_s stays as null: "no timestamps" is an answer. A match that was not asked for is left out.
-        without = {"data": {"match"}} if self.data.match is None else None
-        return self.model_dump_json(exclude=without) + "\n"
+        # pts_s stays as null: "no timestamps" is an answer. What was not asked for, or not measured, is left out.
+        without: set[str] = {
+            name for name in ("match", "ts_uncertainty_ms") if getattr(self.data, name) is None
+        }
+        inside = {"compute": {"queue_ms"}} if self.data.compute.queue_ms is None else {}
+        return self.model_dump_json(exclude={"data": dict.fromkeys(without, True) | inside}) + "\n"
 
 
 Status = Literal["running", "ended", "failed", "interrupted"]
@@ -176,6 +183,7 @@ def detection_event(
         frame_seq=frame.seq,
         pts_s=frame.pts_s,
         ts_source=frame.time_source,
+        ts_uncertainty_ms=None if frame.uncertainty_s is None else 1000 * frame.uncertainty_s,
         frame=FrameSize(w=width, h=height),
         det=person,
         match=match,

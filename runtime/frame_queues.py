@@ -123,6 +123,9 @@ class FrameQueues(Generic[Content]):
                 account.dropped["overflow"] += 1
             if queue.policy.mode == "every_frame":
                 deadline_s = math.inf
+            if queue.frames:
+                # Frames of a camera stay in order, also where its clock was put back between two.
+                deadline_s = max(deadline_s, queue.frames[-1].deadline_s)
             queue.frames.append(Waiting(camera, content, now_s, deadline_s))
             self._changed.notify_all()
             return True

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 Picture = NDArray[np.uint8]
-TimeSource = Literal["file", "arrival"]
+TimeSource = Literal["file", "arrival", "rtcp_sr"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 
@@ -51,7 +51,10 @@ class VideoFrame:
     time: datetime
     """UTC."""
     time_source: TimeSource
-    """file: creation time of the file + pts_s. arrival: the clock of this machine when it was decoded."""
+    """file: creation time of the file + pts_s. arrival: the clock of this machine when it was decoded. rtcp_sr: the
+    camera's own clock."""
+    uncertainty_s: float | None = None
+    """How far time may be off, to either side; None where nobody has looked into it."""
 
 
 class Source(Protocol):

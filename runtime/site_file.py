@@ -22,6 +22,7 @@ from .sources import without_credentials
 
 # In a camera's URL: ${NAME} is an environment variable, ${file:/run/secrets/gate} the text of a file.
 SECRET = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>\w+))\}")
+LOCAL = ("127.0.0.1", "localhost")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -99,7 +100,6 @@ class CameraDefaults(_Strict):
     """Of RTSP."""
     trust_clock: Trust = "auto"
     """Whether the camera's own clock is believed; auto: within two seconds of ours."""
-    warm_start: bool = False
 
 
 class Camera(_Strict):
@@ -107,7 +107,7 @@ class Camera(_Strict):
 
     id: str = Field(pattern=NAME)
     url: str = Field(min_length=1)
-    """rtsp://, http(s)://, a file or a folder. Secrets as ${NAME} or ${file:PATH}."""
+    """rtsp:// or rtsps://. Secrets as ${NAME} or ${file:PATH}."""
     enabled: bool = True
     queue: QueueMode | None = None
     depth: int | None = Field(default=None, ge=1)
@@ -115,13 +115,32 @@ class Camera(_Strict):
     sample_fps: float | None = Field(default=None, gt=0)
     transport: Literal["tcp", "udp"] | None = None
     trust_clock: Trust | None = None
-    warm_start: bool | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _rtsp(cls, value: str) -> str:
+        if not re.match(r"rtsps?://.", value):
+            raise ValueError(
+                "must begin with rtsp:// or rtsps://, got something else; psdiff run takes files"
+            )
+        return value
 
 
 class Api(_Strict):
     """Health, metrics and cameras over HTTP."""
 
     listen: str = Field(default="127.0.0.1:8420", pattern=r"^[^:\s]+:\d+$")
+    """This machine alone, as long as nobody is asked who they are: put a proxy with a login before it."""
+
+    @field_validator("listen")
+    @classmethod
+    def _local(cls, value: str) -> str:
+        host = value.rpartition(":")[0]
+        if host not in LOCAL:
+            raise ValueError(
+                f"must be an address of this machine ({', '.join(LOCAL)}), which a proxy may forward to"
+            )
+        return value
 
 
 class Site(_Strict):

@@ -136,6 +136,13 @@ def test_what_cannot_be_done_in_time_makes_room_for_what_can():
     assert counts == [2]  # as many as a batch can hold
 
 
+def test_frames_of_a_camera_keep_their_order_when_its_clock_is_put_back():
+    each = queues()
+    for i, deadline_s in enumerate((3.0, 1.0, 2.0)):
+        offer(each, "gate", i, 0.1, deadline_s)
+    assert contents(each.take(0.2)) == [0, 1, 2]
+
+
 def test_a_file_is_never_too_late():
     each = queues(mode="every_frame", cameras=["file"])
     offer(each, "file", 0, 1.0, deadline_s=1.0)

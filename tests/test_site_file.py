@@ -19,7 +19,7 @@ defaults: {queue: bounded, max_staleness_ms: 400, sample_fps: 5}
 cameras:
   - {id: gate-1, url: "rtsp://${GATE_USER}:${GATE_PASS}@10.0.0.11/s1"}
   - {id: hall, url: "rtsp://admin:topsecret@10.0.0.12/s1", queue: freshest, trust_clock: never}
-  - {id: old, url: clips/old.mp4, queue: every_frame, depth: 2, enabled: false}
+  - {id: old, url: "rtsp://10.0.0.13/s1", queue: every_frame, depth: 2, enabled: false}
 """
 
 
@@ -53,7 +53,10 @@ def test_an_empty_site_is_a_site(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cameras: [{id: a, url: x, ulr: x}]", r"cameras\[0\]\.ulr must be a known key; did you mean url\?"),
+        (
+            "cameras: [{id: a, url: 'rtsp://x', ulr: x}]",
+            r"cameras\[0\]\.ulr must be a known key; did you mean url\?",
+        ),
         ("promis: {}", r"promis must be a known key; did you mean promise\?"),
         ("promise: {latency: 5}", r"promise\.latency must be a known key; did you mean latency_ms\?"),
         ("promise: {steps: {mim: 5}}", r"promise\.steps\.mim must be a known key; did you mean min\?"),
@@ -63,13 +66,18 @@ def test_an_empty_site_is_a_site(write):
             "model: {backend: openvin}",
             r"model\.backend: must be one of .*; did you mean openvino\?, got 'openvin'",
         ),
-        ("cameras: [{id: a b, url: x}]", r"cameras\[0\]\.id: String should match pattern"),
+        ("cameras: [{id: a b, url: 'rtsp://x'}]", r"cameras\[0\]\.id: String should match pattern"),
         (
-            "cameras: [{id: a, url: x}, {id: a, url: y}]",
+            "cameras: [{id: a, url: 'rtsp://x'}, {id: a, url: 'rtsp://y'}]",
             "cameras must have different ids, got a more than once",
         ),
+        ("cameras: [{id: a, url: clips/a.mp4}]", r"cameras\[0\]\.url: must begin with rtsp:// or rtsps://"),
         ("api: {listen: here}", r"api\.listen: String should match pattern"),
         ("site: {id: '${NAME}'}", r"site\.id: secrets must stand in the url of a camera, got one here"),
+        (
+            "api: {listen: '0.0.0.0:80'}",
+            r"api\.listen: must be an address of this machine .*, got '0.0.0.0:80'",
+        ),
         ("version: 2", "version: Input should be 1, got 2"),
         ("- a", "must hold keys and values, got list"),
         ("a: [", "must be YAML, got"),

@@ -1,0 +1,234 @@
+"""A site at work, in one process: cameras, queues, detector, events."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Manifest
+from ..models.detections import Detections
+from ..models.detector import PersonDetector
+from .batch_loop import BatchLoop, FrameResult
+from .camera_feed import CameraFeed, CameraFrame
+from .connection import HostLimit
+from .detector import TRITON, backend_version
+from .elastic_steps import CostTable, StepChooser, StepRange
+from .event_log import EventLog
+from .events import Compute, DetectedPerson, detection_event, model_record
+from .frame_queues import FrameQueues
+from .frames import VideoFrame
+from .query import as_box
+from .run import frame_seed
+from .site_file import Camera, Site, resolved_url
+from .verified import machine
+
+# How long a frame waits for those of other cameras to share its batch.
+WINDOW_S = 0.02
+
+# How often each cost is measured where the manifest has none for this machine; the fastest counts.
+COST_CALLS = 3
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Totals:
+    """What a service has done, for metrics; written by the detector's thread alone."""
+
+    frames: Counter[str] = field(default_factory=Counter)
+    """By camera."""
+    people: Counter[str] = field(default_factory=Counter)
+    late: Counter[str] = field(default_factory=Counter)
+    """Frames that were done after their deadline, by camera."""
+    steps: Counter[int] = field(default_factory=Counter)
+    """Frames by K."""
+    failed_writes: int = 0
+
+
+class Service:
+    """Runs a site until it is stopped."""
+
+    def __init__(self, site: Site, manifest: Manifest, detector: PersonDetector, table: CostTable) -> None:
+        """detector: proven, used by one thread. table: what steps cost.
+
+        Raises OSError where data_dir cannot be written, and ValueError where the model has no such steps.
+        """
+        self.site = site
+        self.totals = Totals()
+        self._detector = detector
+        self._model = model_record(manifest)
+        self._queues: FrameQueues[CameraFrame] = FrameQueues(site.model.max_batch, WINDOW_S)
+        self._limit = HostLimit()
+        self._feeds: dict[str, CameraFeed] = {}
+        self._lock = threading.Lock()
+        self._log = EventLog(site.site.data_dir)
+        steps = _allowed(site, manifest)
+        self._loop = BatchLoop(self._queues, self._detect, StepChooser(table, steps), self._on_result)
+        self._is_serving = False
+
+    def start(self) -> None:
+        """Begin with every camera that is enabled; those that are missing are waited for."""
+        self._loop.start()
+        for camera in self.site.cameras:
+            if camera.enabled:
+                self._add(camera)
+        self._is_serving = True
+
+    def stop(self, timeout_s: float) -> bool:
+        """Stop the cameras, finish the batch under way, close the events.
+
+        False where a thread did not end in time.
+        """
+        self._is_serving = False
+        end_s = time.monotonic() + timeout_s
+        with self._lock:
+            feeds = list(self._feeds.values())
+        for feed in feeds:
+            feed.stop()
+        ended = [self._loop.stop(max(0.0, end_s - time.monotonic()))]
+        ended += [feed.join(max(0.0, end_s - time.monotonic())) for feed in feeds]
+        self._log.close()
+        return all(ended)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether frames are worked on; not whether there are any: cameras may be away."""
+        return self._is_serving and self._loop.is_alive
+
+    def cameras(self) -> list[dict[str, Any]]:
+        """State and account of every camera, in the order of the site."""
+        with self._lock:
+            feeds = dict(self._feeds)
+        return [self._camera(camera, feeds.get(camera.id)) for camera in self.site.cameras]
+
+    def waits_s(self) -> list[float]:
+        """How long the latest frames waited for their computation."""
+        return self._loop.waits_s()
+
+    def _camera(self, camera: Camera, feed: CameraFeed | None) -> dict[str, Any]:
+        if feed is None:
+            return {"camera": camera.id, "state": "disabled"}
+        account = self._queues.account(camera.id)
+        return feed.status() | {
+            "offered": account.offered,
+            "computed": account.taken,
+            "dropped": dict(account.dropped),
+            "waiting": self._queues.waiting(camera.id),
+            "people": self.totals.people[camera.id],
+        }
+
+    def _add(self, camera: Camera) -> None:
+        settings = self.site.settings(camera)
+        self._queues.add(camera.id, self.site.queue_policy(camera), time.monotonic())
+        feed = CameraFeed(
+            camera.id,
+            resolved_url(camera),
+            self._queues,
+            self._limit,
+            latency_s=self.site.promise.latency_ms / 1000,
+            sample_fps=settings.sample_fps,
+            transport=settings.transport,
+            trust_clock=settings.trust_clock,
+        )
+        with self._lock:
+            self._feeds[camera.id] = feed
+        feed.start()
+
+    def _detect(self, frames: Sequence[CameraFrame], steps: int) -> list[Detections]:
+        seeds = [frame_seed(frame.camera, frame.seq) for frame in frames]
+        return self._detector.detect([frame.image for frame in frames], steps, seeds)
+
+    def _on_result(self, result: FrameResult) -> None:
+        frame, people = result.frame, result.people
+        self.totals.frames[frame.camera] += 1
+        self.totals.people[frame.camera] += len(people)
+        self.totals.late[frame.camera] += result.late_s > 0
+        self.totals.steps[result.steps] += 1
+        picture = VideoFrame(
+            frame.camera,
+            frame.seq,
+            frame.pts_s,
+            frame.image,
+            datetime.fromtimestamp(frame.time.utc_s, UTC),
+            frame.time.source,
+            frame.time.uncertainty_s,
+        )
+        compute = Compute(
+            steps=result.steps,
+            batch=result.batch,
+            infer_ms=1000 * result.infer_s,
+            queue_ms=1000 * result.queue_s,
+        )
+        events = [
+            detection_event(
+                picture,
+                DetectedPerson(
+                    id=f"{frame.camera}:{frame.seq}:{i}",
+                    box=as_box(people.boxes_xyxy[i]),
+                    score=float(people.scores[i]),
+                ),
+                match=None,
+                model=self._model,
+                compute=compute,
+                site=self.site.site.id,
+            )
+            for i in range(len(people))
+        ]
+        try:
+            self._log.write(events)
+        except OSError as error:
+            # A full disk must not end detection; the count is what tells.
+            self.totals.failed_writes += 1
+            logger.error("%s", error)
+
+
+def cost_table(site: Site, manifest: Manifest, detector: PersonDetector) -> CostTable:
+    """What steps cost on this machine: from psdiff bench --record, or else measured now, on an empty picture."""
+    if site.model.backend != TRITON:
+        try:
+            return CostTable.of(manifest.latencies, backend_version(site.model.backend), machine())
+        except ValueError:
+            logger.info("the manifest tells no latencies of this machine: measuring them")
+    return CostTable(measured_costs(detector, _allowed(site, manifest), site.model.max_batch))
+
+
+def measured_costs(
+    detector: PersonDetector, allowed: StepRange, max_batch: int
+) -> dict[tuple[int, int], float]:
+    """(K, B) -> seconds of the fewest and the most steps, on one image and on a full batch."""
+    settings = detector.settings
+    picture = np.full((settings.height, settings.width, 3), 114, np.uint8)
+    # Two different K make a line; where one alone is allowed the next one, or the one below, is measured as well.
+    other = allowed.most if allowed.most > allowed.least else _neighbour(allowed.least, settings.timesteps)
+    costs = {}
+    for batch in sorted({1, max_batch}):
+        for steps in sorted({allowed.least, other}):
+            detector.detect([picture] * batch, steps)
+            costs[steps, batch] = min(_seconds(detector, picture, batch, steps) for _ in range(COST_CALLS))
+    return costs
+
+
+def _neighbour(steps: int, timesteps: Any) -> int:  # noqa: ANN401 - a mapping of K
+    return steps + 1 if steps + 1 in timesteps else steps - 1
+
+
+def _seconds(detector: PersonDetector, picture: np.ndarray[Any, Any], batch: int, steps: int) -> float:
+    began = time.perf_counter()
+    detector.detect([picture] * batch, steps)
+    return time.perf_counter() - began
+
+
+def _allowed(site: Site, manifest: Manifest) -> StepRange:
+    """The steps that the site allows and the model has."""
+    steps, most = site.promise.steps, max(manifest.timesteps)
+    if steps.min > most:
+        raise ValueError(f"promise.steps.min must be at most {most}, the model's, got {steps.min}")
+    return StepRange(steps.min, min(steps.max, most))

@@ -1,0 +1,228 @@
+"""A site at work over real RTSP cameras: events, metrics, faults of one camera, and an end in order."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+import yaml
+from conftest import GREEN, fake_manifest, walk, write_video
+from psdiff.bundle import Latency
+from psdiff.runtime.detector import backend_version
+from psdiff.runtime.elastic_steps import CostTable
+from psdiff.runtime.service import Service, cost_table
+from psdiff.runtime.site_file import Site
+from psdiff.runtime.verified import machine
+from triton_server import free_ports
+
+pytest.importorskip("fastapi", reason="fastapi is not installed")
+from psdiff.runtime.service_api import HttpServer
+
+TABLE = CostTable({(1, 1): 0.005, (4, 1): 0.01})
+
+
+@pytest.fixture(scope="module")
+def camera_files(tmp_path_factory):
+    """Two cameras; somebody red walks through the one, somebody green through the other."""
+    folder = tmp_path_factory.mktemp("cameras")
+    options = {"crf": "20", "g": "5", "bf": "0"}
+    return [
+        write_video(folder / "gate.mp4", walk(150), fps=15, options=options),
+        write_video(folder / "hall.mp4", walk(150, colour=GREEN, start=20), fps=15, options=options),
+    ]
+
+
+def site_of(tmp_path, urls, **changes):
+    cameras = [{"id": name, "url": url} for name, url in urls.items()]
+    content = {
+        "site": {"id": "hq", "data_dir": str(tmp_path / "data")},
+        "promise": {"latency_ms": 3000, "steps": {"min": 1, "max": 2}},
+        "defaults": {"sample_fps": 5, "max_staleness_ms": 3000},
+        "cameras": cameras,
+        "api": {"listen": f"127.0.0.1:{free_ports(1)[0]}"},
+    }
+    return Site.model_validate(content | changes)
+
+
+@pytest.fixture
+def run(detector, manifest):
+    """Start services that are stopped at the end, each with its HTTP server."""
+    started = []
+
+    def start(site):
+        service = Service(site, manifest, detector, TABLE)
+        http = HttpServer(service, site.api.listen)
+        http.start()
+        service.start()
+        started.append((service, http))
+        return service
+
+    yield start
+    for service, http in started:
+        assert service.stop(10)
+        http.stop()
+
+
+def get(site, path):
+    with urllib.request.urlopen(f"http://{site.api.listen}{path}", timeout=5) as reply:
+        return reply.read().decode()
+
+
+def wait_for(condition, seconds=20.0):
+    end_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end_s, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def events_of(tmp_path):
+    [path] = (tmp_path / "data").glob("events-*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_people_of_two_cameras_become_events_with_their_time(serve, camera_files, run, tmp_path):
+    url, _ = serve(*camera_files)
+    site = site_of(tmp_path, {"gate": f"{url}/gate", "hall": f"{url}/hall"})
+    service = run(site)
+    wait_for(lambda: min(service.totals.people[camera] for camera in ("gate", "hall")) >= 5)
+    events = events_of(tmp_path)
+    assert {event["source"] for event in events} == {"/hq/gate", "/hq/hall"}
+    for event in events:
+        data = event["data"]
+        assert data["ts_source"] in ("arrival", "rtcp_sr")
+        assert data["ts_uncertainty_ms"] > 0
+        assert data["compute"]["steps"] in (1, 2)
+        assert data["compute"]["queue_ms"] >= 0
+        assert len(data["det"]["box"]) == 4
+    ids = [event["data"]["det"]["id"] for event in events]
+    assert len(set(ids)) == len(ids)
+
+
+def test_what_the_api_tells_adds_up(serve, camera_files, run, tmp_path):
+    url, _ = serve(*camera_files)
+    cameras = {"gate": f"{url}/gate", "away": f"rtsp://admin:topsecret@127.0.0.1:{free_ports(1)[0]}/x"}
+    site = site_of(tmp_path, cameras)
+    service = run(site)
+    wait_for(lambda: service.totals.frames["gate"] >= 5)
+    assert get(site, "/healthz") == '{"status":"ok"}'
+    assert json.loads(get(site, "/readyz"))["status"] == "ready"
+    text = get(site, "/api/v1/cameras")
+    assert "topsecret" not in text
+    gate, away = json.loads(text)
+    assert gate["state"] == "streaming"
+    assert gate["decoded"] == gate["offered"] + sum(gate["skipped"].values())
+    assert gate["offered"] == gate["computed"] + sum(gate["dropped"].values()) + gate["waiting"]
+    assert (away["state"], away["reason"]) == ("backoff", "refused")
+    metrics = get(site, "/metrics")
+    assert 'psdiff_camera_state{camera="gate",state="streaming"} 1.0' in metrics
+    assert 'psdiff_camera_state{camera="away",state="backoff"} 1.0' in metrics
+    assert 'psdiff_camera_reconnects_total{camera="away",reason="refused"}' in metrics
+    assert 'psdiff_ddim_steps_total{steps="1"}' in metrics
+    assert "topsecret" not in metrics
+
+
+def test_a_camera_that_dies_does_not_touch_the_other(serve, camera_files, run, tmp_path):
+    stays, _ = serve(camera_files[0])
+    goes, process = serve(camera_files[1])
+    service = run(site_of(tmp_path, {"gate": f"{stays}/gate", "hall": f"{goes}/hall"}))
+    wait_for(lambda: min(service.totals.frames[camera] for camera in ("gate", "hall")) >= 2)
+    process.kill()
+    wait_for(lambda: service.cameras()[1]["state"] == "backoff")
+    before = service.totals.frames["gate"]
+    wait_for(lambda: service.totals.frames["gate"] >= before + 3)
+    assert service.is_ready
+    assert service.cameras()[1]["offline_s"] > 0
+
+
+def test_a_disk_that_is_full_does_not_end_detection(serve, camera_files, run, tmp_path, monkeypatch):
+    url, _ = serve(camera_files[0])
+    service = run(site_of(tmp_path, {"gate": f"{url}/gate"}))
+
+    def full(events):
+        raise OSError("no space")
+
+    monkeypatch.setattr(service._log, "write", full)
+    wait_for(lambda: service.totals.failed_writes >= 2)
+    assert service.is_ready
+
+
+def test_a_service_that_was_stopped_is_not_ready(detector, manifest, tmp_path):
+    service = Service(site_of(tmp_path, {}), manifest, detector, TABLE)
+    assert not service.is_ready
+    service.start()
+    assert service.is_ready
+    assert service.stop(5)
+    assert not service.is_ready
+
+
+def test_a_port_that_is_taken_is_an_error(detector, manifest, tmp_path):
+    site = site_of(tmp_path, {})
+    service = Service(site, manifest, detector, TABLE)
+    first = HttpServer(service, site.api.listen)
+    first.start()
+    with pytest.raises(OSError, match=r"api.listen must be an address that is free, got 127.0.0.1"):
+        HttpServer(service, site.api.listen).start()
+    first.stop()
+
+
+def test_costs_come_from_the_manifest_or_are_measured(detector, tmp_path, engine):
+    site = site_of(tmp_path, {})
+    told = [
+        Latency(
+            steps=k,
+            batch=1,
+            backend=backend_version("onnxruntime"),
+            machine=machine(),
+            p50_ms=100.0 * k,
+            p95_ms=0,
+            p99_ms=0,
+        )
+        for k in (1, 2)
+    ]
+    manifest = fake_manifest().model_copy(update={"latencies": told})
+    assert cost_table(site, manifest, detector).seconds(4, 1) == pytest.approx(0.4)
+    assert engine.batches == []
+    measured = cost_table(site, fake_manifest(), detector)
+    assert set(engine.batches) == {1, site.model.max_batch}
+    assert 0 < measured.seconds(1, 1) < 1
+
+
+def test_steps_that_the_model_does_not_have_are_refused(detector, manifest, tmp_path):
+    site = site_of(tmp_path, {}, promise={"steps": {"min": 9, "max": 9}})
+    with pytest.raises(ValueError, match=r"promise.steps.min must be at most 4, the model's, got 9"):
+        Service(site, manifest, detector, TABLE)
+
+
+def test_the_program_serves_and_ends_in_order(serve, camera_files, tmp_path, shipped):
+    url, _ = serve(camera_files[0])
+    site = site_of(tmp_path, {"gate": f"{url}/gate"})
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(site.model_dump(mode="json")))
+    with (tmp_path / "log").open("w") as log:
+        program = subprocess.Popen(
+            [sys.executable, "-m", "psdiff", "serve", "-c", str(path)], cwd=tmp_path, stdout=log, stderr=log
+        )
+    try:
+
+        def is_streaming():
+            assert program.poll() is None, (tmp_path / "log").read_text()
+            try:
+                return json.loads(get(site, "/api/v1/cameras"))[0].get("computed", 0) > 2
+            except (urllib.error.URLError, ConnectionError):
+                return False
+
+        wait_for(is_streaming, 60)
+        program.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert program.wait(15) == 0, (tmp_path / "log").read_text()
+        assert time.monotonic() - began < 10
+    finally:
+        program.kill()
+        program.wait()
+    text = (tmp_path / "log").read_text()
+    assert text.endswith("stopping\n")
+    assert "Traceback" not in text
