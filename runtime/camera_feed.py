@@ -70,6 +70,8 @@ class CameraFeed:
     ) -> None:
         """url: rtsp://, with its secrets. latency_s: promised from capture to people; it sets the deadlines.
 
+        Where the camera does not tell when a frame was captured, the promise counts from its arrival.
+
         sample_fps: frames a second that are offered; None for all.
         """
         self.camera = camera
@@ -205,7 +207,9 @@ class CameraFeed:
         self, video: VideoSource, decoded: Decoded, captured: CaptureTime, seq: int, now_s: float
     ) -> None:
         image = video.picture(decoded).image
-        age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s)
+        # From the capture where it is known. A way that is only assumed must not use up the promise.
+        known = captured.source == "rtcp_sr"
+        age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s) if known else 0.0
         frame = CameraFrame(self.camera, seq, image, captured, decoded.pts_s, self._connections)
         self._queues.offer(self.camera, frame, now_s=now_s, deadline_s=now_s - age_s + self._latency_s)
 

@@ -82,7 +82,8 @@ class Promise(_Strict):
     """What is promised for every frame: the service level objective."""
 
     latency_ms: float = Field(default=500, gt=0)
-    """From capture to people. Frames that cannot keep it are dropped, and counted."""
+    """From capture to people; from arrival where the camera does not tell its clock. Frames that cannot keep it are
+    dropped, and counted."""
     steps: Steps = Steps()
     min_fps: float = Field(default=1.0, ge=0)
     """Every camera is served this often, whatever the others do."""

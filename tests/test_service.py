@@ -40,7 +40,7 @@ def site_of(tmp_path, urls, **changes):
     cameras = [{"id": name, "url": url} for name, url in urls.items()]
     content = {
         "site": {"id": "hq", "data_dir": str(tmp_path / "data")},
-        "promise": {"latency_ms": 3000, "steps": {"min": 1, "max": 2}},
+        "promise": {"latency_ms": 1500, "steps": {"min": 1, "max": 2}},
         "defaults": {"sample_fps": 5, "max_staleness_ms": 3000},
         "cameras": cameras,
         "api": {"listen": f"127.0.0.1:{free_ports(1)[0]}"},
