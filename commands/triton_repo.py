@@ -51,7 +51,7 @@ def triton_repo(
     """
     from ..export.triton_config import RepositoryError, RepositoryOptions
     from ..export.triton_repository import write_repository
-    from ..runtime.detector import BACKENDS
+    from ..runtime.backends import BACKENDS
 
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, got {backend}")

@@ -115,7 +115,8 @@ def _change(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..runtime.detector import INT8_BACKENDS, detector_of
+    from ..runtime.backends import INT8_BACKENDS
+    from ..runtime.detector import detector_of
     from ..training.datasets.schema import DatasetError
     from ..training.evaluation.change import change_on_clips, change_on_data_set
 

@@ -23,18 +23,12 @@ from ..models.sampling import (
     SamplerSettings,
     StepOutput,
 )
+from .backends import BACKENDS, DEFAULT_SERVER, TRITON
 from .triton_detector import TritonDetector
 
 # onnxruntime's one kernel for addition and LayerNorm takes 11 ms where the two take 4: 14700 tokens of 256 channels,
 # two cores, onnxruntime 1.31.
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
-
-# What computes on this machine; TRITON is asked over the network.
-BACKENDS = ("onnxruntime", "onnxruntime-int8", "openvino", "openvino-bf16", "tensorrt")
-# Those that compute in 8 bits, where a bundle has the graphs for it.
-INT8_BACKENDS = ("onnxruntime-int8",)
-TRITON = "triton"
-DEFAULT_SERVER = "localhost:8001"
 
 
 def backend_version(backend: str) -> str:

@@ -16,10 +16,11 @@ import numpy as np
 from ..bundle import Manifest
 from ..models.detections import Detections
 from ..models.detector import PersonDetector
+from .backends import TRITON
 from .batch_loop import BatchLoop, FrameResult
 from .camera_feed import CameraFeed, CameraFrame
 from .connection import HostLimit
-from .detector import TRITON, backend_version
+from .detector import backend_version
 from .elastic_steps import CostTable, StepChooser, StepRange
 from .event_log import EventLog
 from .events import Compute, DetectedPerson, detection_event, model_record

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .backends import BACKENDS, DEFAULT_SERVER, TRITON
 from .capture_time import Trust
-from .detector import BACKENDS, DEFAULT_SERVER, TRITON
 from .elastic_steps import StepRange
 from .frame_queues import QueueMode, QueuePolicy
 from .frames import SourceError

@@ -23,14 +23,8 @@ from ..bundle import MANIFEST, REFERENCE, BundleError, Manifest, file_sha256
 from ..models.detector import Detector, PersonDetector
 from ..models.verification import INT8_TOLERANCE, Comparison, Tolerance, compare
 from ..plans import sidecars_sha256
-from .detector import (
-    DEFAULT_SERVER,
-    INT8_BACKENDS,
-    TRITON,
-    backend_version,
-    detector_of,
-    settings_of,
-)
+from .backends import DEFAULT_SERVER, INT8_BACKENDS, TRITON
+from .detector import backend_version, detector_of, settings_of
 from .triton_detector import TritonDetector
 
 
