@@ -117,6 +117,7 @@ class BatchLoop:
     def _compute(self, batch: Sequence[Waiting[CameraFrame]], steps: int, start_s: float) -> None:
         try:
             people = self._detect([frame.content for frame in batch], steps)
+            found_in = list(zip(batch, people, strict=True))
         # One batch that fails (a server that went away, a device out of memory) must not end the site.
         except Exception:
             logger.exception("a batch of %d frames at K = %d failed and is dropped", len(batch), steps)
@@ -124,7 +125,7 @@ class BatchLoop:
             return
         end_s = time.monotonic()
         self._chooser.observe(steps, len(batch), end_s - start_s)
-        for frame, found in zip(batch, people, strict=True):
+        for frame, found in found_in:
             self._waits.append(start_s - frame.since_s)
             self._on_result(
                 FrameResult(

@@ -50,7 +50,7 @@ class FeedCounters:
     decoded: int = 0
     corrupt_packets: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    """Frames that were not offered, by reason: corrupt, stride."""
+    """Frames that were not offered, by reason: corrupt, stride, removed (the camera left its queue)."""
 
 
 class CameraFeed:
@@ -211,7 +211,10 @@ class CameraFeed:
         known = captured.source == "rtcp_sr"
         age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s) if known else 0.0
         frame = CameraFrame(self.camera, seq, image, captured, decoded.pts_s, self._connections)
-        self._queues.offer(self.camera, frame, now_s=now_s, deadline_s=now_s - age_s + self._latency_s)
+        deadline_s = now_s - age_s + self._latency_s
+        if not self._queues.offer(self.camera, frame, now_s=now_s, deadline_s=deadline_s):
+            with self._lock:
+                self._counters.skipped["removed"] += 1
 
 
 def _video_time(decoded: Decoded) -> float:

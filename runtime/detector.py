@@ -157,8 +157,7 @@ def _session(
     # two graphs and two threads on two cores that others use too: 190 instead of 640 ms a frame (K=2).
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without VNNI the quick kernel for unsigned times signed adds pairs in 16 bits, which overflow: the pyramid of
-    # psdiff_mobile then has 11 dB of signal to error instead of 17. It is for processors without VNNI alone, says its
-    # documentation; none with was at hand.
+    # psdiff_mobile then has 11 dB of signal to error instead of 17. With VNNI it was not tried.
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors only; a warning a graph node helps no user
     try:

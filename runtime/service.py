@@ -94,6 +94,8 @@ class Service:
             feeds = list(self._feeds.values())
         for feed in feeds:
             feed.stop()
+            # Who waits for room in a queue wakes up.
+            self._queues.remove(feed.camera)
         ended = [self._loop.stop(max(0.0, end_s - time.monotonic()))]
         ended += [feed.join(max(0.0, end_s - time.monotonic())) for feed in feeds]
         self._log.close()

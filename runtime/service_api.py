@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +60,8 @@ class SiteCollector:
                 state.add_metric([name, str(one)], each["state"] == one)
             if each.get("clock_offset_s") is not None:
                 offset.add_metric([name], each["clock_offset_s"])
-            for reason, count in {**each.get("skipped", {}), **each.get("dropped", {})}.items():
+            unseen = Counter(each.get("skipped", {})) + Counter(each.get("dropped", {}))
+            for reason, count in unseen.items():
                 dropped.add_metric([name, reason], count)
             for reason, count in each.get("reconnects", {}).items():
                 reconnects.add_metric([name, reason], count)

@@ -147,7 +147,8 @@ class TritonDetector:
                 if not isinstance(told, self._passing) or time.monotonic() + wait_s > end:
                     raise told from None
                 logger.info("%s: %s; trying again", self._server, error.message())
-                self._images.forget()
+                if isinstance(told, _GoneError):
+                    self._images.forget()
             time.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -157,6 +158,27 @@ def test_a_service_that_was_stopped_is_not_ready(detector, manifest, tmp_path):
     assert service.is_ready
     assert service.stop(5)
     assert not service.is_ready
+
+
+def test_a_camera_that_waits_for_room_does_not_hold_up_the_end(
+    serve, camera_files, detector, manifest, tmp_path
+):
+    """Its queue is full for good: nothing is computed, since the loop is held."""
+    url, _ = serve(camera_files[0])
+    defaults = {"queue": "every_frame", "depth": 1}
+    service = Service(
+        site_of(tmp_path, {"gate": f"{url}/gate"}, defaults=defaults), manifest, detector, TABLE
+    )
+    held = threading.Event()
+    service._loop._detect = lambda frames, steps: held.wait(20) and []
+    service.start()
+    wait_for(lambda: service.cameras()[0].get("waiting") == 1)
+    time.sleep(0.3)
+    held.set()
+    assert service.stop(8)
+    gate = service.cameras()[0]
+    assert gate["decoded"] == gate["offered"] + sum(gate["skipped"].values())
+    assert gate["offered"] == gate["computed"] + sum(gate["dropped"].values())
 
 
 def test_a_port_that_is_taken_is_an_error(detector, manifest, tmp_path):
