@@ -32,8 +32,9 @@ def serve(
 
     from ..bundle import load_manifest
     from ..runtime.detector import shipped_bundle
-    from ..runtime.service import Service, cost_table
+    from ..runtime.service import Service
     from ..runtime.site_file import load_site, resolved_url
+    from ..runtime.step_costs import cost_table
     from ..runtime.verified import open_proven
 
     try:

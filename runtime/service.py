@@ -11,17 +11,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 from ..bundle import Manifest
 from ..models.detections import Detections
 from ..models.detector import PersonDetector
-from .backends import TRITON
 from .batch_loop import BatchLoop, FrameResult
 from .camera_feed import CameraFeed, CameraFrame
 from .connection import HostLimit
-from .detector import backend_version
-from .elastic_steps import CostTable, StepChooser, StepRange
+from .elastic_steps import CostTable, StepChooser
 from .event_log import EventLog
 from .events import Compute, DetectedPerson, detection_event, model_record
 from .frame_queues import FrameQueues
@@ -29,13 +25,10 @@ from .frames import VideoFrame
 from .query import as_box
 from .run import frame_seed
 from .site_file import Camera, Site, resolved_url
-from .verified import machine
+from .step_costs import allowed_steps
 
 # How long a frame waits for those of other cameras to share its batch.
 WINDOW_S = 0.02
-
-# How often each cost is measured where the manifest has none for this machine; the fastest counts.
-COST_CALLS = 3
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +64,7 @@ class Service:
         self._feeds: dict[str, CameraFeed] = {}
         self._lock = threading.Lock()
         self._log = EventLog(site.site.data_dir)
-        steps = _allowed(site, manifest)
+        steps = allowed_steps(site, manifest)
         self._loop = BatchLoop(self._queues, self._detect, StepChooser(table, steps), self._on_result)
         self._is_serving = False
 
@@ -191,47 +184,3 @@ class Service:
             # A full disk must not end detection; the count is what tells.
             self.totals.failed_writes += 1
             logger.error("%s", error)
-
-
-def cost_table(site: Site, manifest: Manifest, detector: PersonDetector) -> CostTable:
-    """What steps cost on this machine: from psdiff bench --record, or else measured now, on an empty picture."""
-    if site.model.backend != TRITON:
-        try:
-            return CostTable.of(manifest.latencies, backend_version(site.model.backend), machine())
-        except ValueError:
-            logger.info("the manifest tells no latencies of this machine: measuring them")
-    return CostTable(measured_costs(detector, _allowed(site, manifest), site.model.max_batch))
-
-
-def measured_costs(
-    detector: PersonDetector, allowed: StepRange, max_batch: int
-) -> dict[tuple[int, int], float]:
-    """(K, B) -> seconds of the fewest and the most steps, on one image and on a full batch."""
-    settings = detector.settings
-    picture = np.full((settings.height, settings.width, 3), 114, np.uint8)
-    # Two different K make a line; where one alone is allowed the next one, or the one below, is measured as well.
-    other = allowed.most if allowed.most > allowed.least else _neighbour(allowed.least, settings.timesteps)
-    costs = {}
-    for batch in sorted({1, max_batch}):
-        for steps in sorted({allowed.least, other}):
-            detector.detect([picture] * batch, steps)
-            costs[steps, batch] = min(_seconds(detector, picture, batch, steps) for _ in range(COST_CALLS))
-    return costs
-
-
-def _neighbour(steps: int, timesteps: Any) -> int:  # noqa: ANN401 - a mapping of K
-    return steps + 1 if steps + 1 in timesteps else steps - 1
-
-
-def _seconds(detector: PersonDetector, picture: np.ndarray[Any, Any], batch: int, steps: int) -> float:
-    began = time.perf_counter()
-    detector.detect([picture] * batch, steps)
-    return time.perf_counter() - began
-
-
-def _allowed(site: Site, manifest: Manifest) -> StepRange:
-    """The steps that the site allows and the model has."""
-    steps, most = site.promise.steps, max(manifest.timesteps)
-    if steps.min > most:
-        raise ValueError(f"promise.steps.min must be at most {most}, the model's, got {steps.min}")
-    return StepRange(steps.min, min(steps.max, most))
