@@ -9,14 +9,14 @@ import logging
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from .capture_time import CaptureClock, CaptureTime, Trust
 from .connection import SHORTEST_STALL_S, Connection, HostLimit, Reason
 from .containers import CameraError
-from .frame_queues import FrameQueues
 from .frames import Picture, SourceError
 from .sources import without_credentials
 from .video import Decoded, VideoSource
@@ -43,6 +43,48 @@ class CameraFrame:
     """Which connection brought it: sizes and clocks may differ between two."""
 
 
+Offer = Callable[[CameraFrame, float, float], str | None]
+"""Takes a frame, now and its deadline (seconds, monotonic); returns why the frame is not wanted, None where it is."""
+
+
+@dataclass(frozen=True)
+class FeedSettings:
+    """One camera, as its feed needs to know it."""
+
+    camera: str
+    url: str = field(repr=False)
+    """With its secrets."""
+    latency_s: float
+    """Promised from capture to people; it sets the deadlines. Where the camera does not tell when a frame was
+    captured, the promise counts from its arrival."""
+    sample_fps: float | None = None
+    """Frames a second that are offered; None for all."""
+    transport: str = "tcp"
+    trust_clock: Trust = "auto"
+
+
+class Feed(Protocol):
+    """What follows a camera, in this process or in another."""
+
+    camera: str
+
+    def start(self) -> None:
+        """Begin to connect."""
+        ...
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        ...
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for its end; False where it is still there."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """The state of the connection, for people and metrics; without secrets."""
+        ...
+
+
 @dataclass
 class FeedCounters:
     """What a camera has sent, over all connections."""
@@ -50,45 +92,26 @@ class FeedCounters:
     decoded: int = 0
     corrupt_packets: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
-    """Frames that were not offered, by reason: corrupt, stride, removed (the camera left its queue)."""
+    """Frames that were not offered, by reason: corrupt, stride, or what the one they are offered to says."""
 
 
 class CameraFeed:
     """Follows a camera until it is stopped."""
 
-    def __init__(
-        self,
-        camera: str,
-        url: str,
-        queues: FrameQueues[CameraFrame],
-        limit: HostLimit,
-        *,
-        latency_s: float,
-        sample_fps: float | None = None,
-        transport: str = "tcp",
-        trust_clock: Trust = "auto",
-    ) -> None:
-        """url: rtsp://, with its secrets. latency_s: promised from capture to people; it sets the deadlines.
-
-        Where the camera does not tell when a frame was captured, the promise counts from its arrival.
-
-        sample_fps: frames a second that are offered; None for all.
-        """
-        self.camera = camera
-        self._url = url
-        self._name = without_credentials(url)
-        self._queues = queues
+    def __init__(self, settings: FeedSettings, offer: Offer, limit: HostLimit) -> None:
+        """offer: called by the feed's thread, with each frame that is wanted. limit: shared by cameras."""
+        self.camera = settings.camera
+        self._settings = settings
+        self._name = without_credentials(settings.url)
+        self._offer_frame = offer
         self._limit = limit
-        self._latency_s = latency_s
-        self._sample_fps = sample_fps
-        self._transport = transport
-        self._clock = CaptureClock(trust_clock)
+        self._clock = CaptureClock(settings.trust_clock)
         self._connection = Connection(time.monotonic())
         self._counters = FeedCounters()
         self._connections = 0
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._follow, name=f"camera {camera}", daemon=True)
+        self._thread = threading.Thread(target=self._follow, name=f"camera {self.camera}", daemon=True)
 
     def start(self) -> None:
         """Begin to connect."""
@@ -153,17 +176,17 @@ class CameraFeed:
 
     def _stream(self) -> None:
         """One connection, to its end."""
-        with self._limit.connecting(urlsplit(self._url).hostname or ""):
+        with self._limit.connecting(urlsplit(self._settings.url).hostname or ""):
             if self._stopping.is_set():
                 return
             video = VideoSource(
-                self._url,
+                self._settings.url,
                 self.camera,
                 name=self._name,
                 live=True,
                 open_timeout_s=OPEN_TIMEOUT_S,
                 read_timeout_s=SHORTEST_STALL_S,
-                transport=self._transport,
+                transport=self._settings.transport,
             )
         self._connections += 1
         corrupt_before = self._counters.corrupt_packets
@@ -190,16 +213,20 @@ class CameraFeed:
         """Why a frame is not looked at; None where it is."""
         if decoded.frame.is_corrupt:
             return "corrupt"
-        if self._sample_fps is None:
+        if self._settings.sample_fps is None:
             return None
         # A PTS that starts again lies before anything that is planned.
-        return "stride" if planned_s - 1 / self._sample_fps <= _video_time(decoded) < planned_s else None
+        return (
+            "stride"
+            if planned_s - 1 / self._settings.sample_fps <= _video_time(decoded) < planned_s
+            else None
+        )
 
     def _next_wanted_s(self, decoded: Decoded, planned_s: float) -> float:
         """When the next frame is wanted, after one that was planned for planned_s."""
-        if self._sample_fps is None:
+        if self._settings.sample_fps is None:
             return 0.0
-        interval_s, now_s = 1 / self._sample_fps, _video_time(decoded)
+        interval_s, now_s = 1 / self._settings.sample_fps, _video_time(decoded)
         # By the plan, so that frames between two plans do not lower the rate; anew after a gap.
         return planned_s + interval_s if 0 <= now_s - planned_s < interval_s else now_s + interval_s
 
@@ -211,10 +238,10 @@ class CameraFeed:
         known = captured.source == "rtcp_sr"
         age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s) if known else 0.0
         frame = CameraFrame(self.camera, seq, image, captured, decoded.pts_s, self._connections)
-        deadline_s = now_s - age_s + self._latency_s
-        if not self._queues.offer(self.camera, frame, now_s=now_s, deadline_s=deadline_s):
+        unwanted = self._offer_frame(frame, now_s, now_s - age_s + self._settings.latency_s)
+        if unwanted is not None:
             with self._lock:
-                self._counters.skipped["removed"] += 1
+                self._counters.skipped[unwanted] += 1
 
 
 def _video_time(decoded: Decoded) -> float:

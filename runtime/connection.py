@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,9 @@ HEALTHY_S = 30.0
 # No frame for so many intervals, and for so long at least, is a stall.
 STALL_INTERVALS, SHORTEST_STALL_S = 5.0, 3.0
 
+# From so many of the latest frames the interval is known.
+REMEMBERED_GAPS = 15
+
 CONNECTS_PER_HOST = 4
 
 
@@ -71,11 +75,10 @@ class Connection:
     reconnects: Counter[Reason] = field(default_factory=Counter)
     stalled_s: float = 0.0
     """Time without frames though connected, in all."""
-    interval_s: float = 0.0
-    """Between two frames, on average."""
     rng: random.Random = field(default_factory=random.Random, repr=False)
     _failures: int = field(default=0, repr=False)
     _last_frame_s: float | None = field(default=None, repr=False)
+    _gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_GAPS), repr=False)
 
     def __post_init__(self) -> None:
         if self.state is not State.STREAMING and self.offline_since_s is None:
@@ -93,7 +96,7 @@ class Connection:
             if self.state is State.STALLED:
                 self.stalled_s += now_s - self.since_s
             else:
-                self.interval_s = gap_s if not self.interval_s else 0.9 * self.interval_s + 0.1 * gap_s
+                self._gaps_s.append(gap_s)
         if self.state is not State.STREAMING:
             self._enter(State.STREAMING, now_s)
             self.reason, self.offline_since_s = None, None
@@ -112,7 +115,9 @@ class Connection:
     @property
     def stall_after_s(self) -> float:
         """How long frames may stay away."""
-        return max(SHORTEST_STALL_S, STALL_INTERVALS * self.interval_s)
+        # The median: a camera takes its time for the second frame, and sends others in bursts.
+        interval_s = statistics.median(self._gaps_s) if self._gaps_s else 0.0
+        return max(SHORTEST_STALL_S, STALL_INTERVALS * interval_s)
 
     def fail(self, reason: Reason, now_s: float) -> float:
         """The try or the stream failed. Returns when to try again, which is random within bounds."""

@@ -15,13 +15,14 @@ from ..bundle import Manifest
 from ..models.detections import Detections
 from ..models.detector import PersonDetector
 from .batch_loop import BatchLoop, FrameResult
-from .camera_feed import CameraFeed, CameraFrame
-from .connection import HostLimit
+from .camera_feed import CameraFrame, Feed, FeedSettings
 from .elastic_steps import CostTable, StepChooser
 from .event_log import EventLog
 from .events import Compute, DetectedPerson, detection_event, model_record
 from .frame_queues import FrameQueues
 from .frames import VideoFrame
+from .ingest import Ingest, ThreadIngest
+from .ingest_processes import ProcessIngest, default_workers
 from .query import as_box
 from .run import frame_seed
 from .site_file import Camera, Site, resolved_url
@@ -60,8 +61,8 @@ class Service:
         self._detector = detector
         self._model = model_record(manifest)
         self._queues: FrameQueues[CameraFrame] = FrameQueues(site.model.max_batch, WINDOW_S)
-        self._limit = HostLimit()
-        self._feeds: dict[str, CameraFeed] = {}
+        self._ingest: Ingest | None = None
+        self._feeds: dict[str, Feed] = {}
         self._lock = threading.Lock()
         self._log = EventLog(site.site.data_dir)
         steps = allowed_steps(site, manifest)
@@ -71,6 +72,7 @@ class Service:
     def start(self) -> None:
         """Begin with every camera that is enabled; those that are missing are waited for."""
         self._loop.start()
+        self._ingest = _ingest(self.site)
         for camera in self.site.cameras:
             if camera.enabled:
                 self._add(camera)
@@ -91,6 +93,8 @@ class Service:
             self._queues.remove(feed.camera)
         ended = [self._loop.stop(max(0.0, end_s - time.monotonic()))]
         ended += [feed.join(max(0.0, end_s - time.monotonic())) for feed in feeds]
+        if self._ingest is not None:
+            ended.append(self._ingest.close(max(0.0, end_s - time.monotonic())))
         self._log.close()
         return all(ended)
 
@@ -105,11 +109,15 @@ class Service:
             feeds = dict(self._feeds)
         return [self._camera(camera, feeds.get(camera.id)) for camera in self.site.cameras]
 
+    def ingest_workers(self) -> list[int]:
+        """Process ids of those that follow cameras; none with ingest.isolation thread."""
+        return [] if self._ingest is None else self._ingest.pids()
+
     def waits_s(self) -> list[float]:
         """How long the latest frames waited for their computation."""
         return self._loop.waits_s()
 
-    def _camera(self, camera: Camera, feed: CameraFeed | None) -> dict[str, Any]:
+    def _camera(self, camera: Camera, feed: Feed | None) -> dict[str, Any]:
         if feed is None:
             return {"camera": camera.id, "state": "disabled"}
         account = self._queues.account(camera.id)
@@ -122,21 +130,29 @@ class Service:
         }
 
     def _add(self, camera: Camera) -> None:
-        settings = self.site.settings(camera)
-        self._queues.add(camera.id, self.site.queue_policy(camera), time.monotonic())
-        feed = CameraFeed(
-            camera.id,
-            resolved_url(camera),
-            self._queues,
-            self._limit,
-            latency_s=self.site.promise.latency_ms / 1000,
-            sample_fps=settings.sample_fps,
-            transport=settings.transport,
-            trust_clock=settings.trust_clock,
+        assert self._ingest is not None  # start made it
+        settings, policy = self.site.settings(camera), self.site.queue_policy(camera)
+        self._queues.add(camera.id, policy, time.monotonic())
+        feed = self._ingest.open(
+            FeedSettings(
+                camera.id,
+                resolved_url(camera),
+                latency_s=self.site.promise.latency_ms / 1000,
+                sample_fps=settings.sample_fps,
+                transport=settings.transport,
+                trust_clock=settings.trust_clock,
+            ),
+            self._take_in,
+            depth=policy.depth,
+            is_blocking=policy.mode == "every_frame",
         )
         with self._lock:
             self._feeds[camera.id] = feed
         feed.start()
+
+    def _take_in(self, frame: CameraFrame, now_s: float, deadline_s: float) -> str | None:
+        is_in = self._queues.offer(frame.camera, frame, now_s=now_s, deadline_s=deadline_s)
+        return None if is_in else "removed"
 
     def _detect(self, frames: Sequence[CameraFrame], steps: int) -> list[Detections]:
         seeds = [frame_seed(frame.camera, frame.seq) for frame in frames]
@@ -184,3 +200,10 @@ class Service:
             # A full disk must not end detection; the count is what tells.
             self.totals.failed_writes += 1
             logger.error("%s", error)
+
+
+def _ingest(site: Site) -> Ingest:
+    """Where the cameras of a site are followed."""
+    if site.ingest.isolation == "thread":
+        return ThreadIngest()
+    return ProcessIngest(site.ingest.workers or default_workers(len(site.cameras)))

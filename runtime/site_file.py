@@ -127,6 +127,16 @@ class Camera(_Strict):
         return value
 
 
+class IngestSettings(_Strict):
+    """Where cameras are decoded."""
+
+    isolation: Literal["process", "thread"] = "process"
+    """process: a decoder that crashes takes a few cameras with it, for seconds. thread: nothing is copied, and a
+    crash ends the service."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes; null for one per four cameras, at most one per core."""
+
+
 class Api(_Strict):
     """Health, metrics and cameras over HTTP."""
 
@@ -153,6 +163,7 @@ class Site(_Strict):
     promise: Promise = Promise()
     defaults: CameraDefaults = CameraDefaults()
     cameras: tuple[Camera, ...] = ()
+    ingest: IngestSettings = IngestSettings()
     api: Api = Api()
 
     @model_validator(mode="after")
@@ -268,6 +279,7 @@ def _keys_at(place: tuple[int | str, ...]) -> list[str]:
         "steps": Steps,
         "defaults": CameraDefaults,
         "cameras": Camera,
+        "ingest": IngestSettings,
         "api": Api,
     }
     names = [part for part in place if isinstance(part, str)]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from conftest import walk, write_video
-from psdiff.runtime.camera_feed import CameraFeed
+from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
 from tcp_proxy import TcpProxy
@@ -31,7 +31,12 @@ def follow():
         queues.add("gate", QueuePolicy(depth=1000, max_staleness_s=1000), time.monotonic())
         # So much time is promised that nothing is ever too late.
         options = {"latency_s": 1000.0} | options
-        feed = CameraFeed("gate", url, queues, HostLimit(), **options)
+
+        def offer(frame, now_s, deadline_s):
+            taken = queues.offer("gate", frame, now_s=now_s, deadline_s=deadline_s)
+            return None if taken else "removed"
+
+        feed = CameraFeed(FeedSettings("gate", url, **options), offer, HostLimit())
         feed.start()
         feeds.append(feed)
         return feed, queues

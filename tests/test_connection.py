@@ -42,6 +42,13 @@ def test_frames_that_stay_away_are_a_stall_by_the_rate_of_the_camera(fps, stall_
     assert (each.state, each.offline_since_s) == (State.STALLED, last_s)
 
 
+def test_one_long_gap_at_the_beginning_does_not_make_stalls_longer():
+    each = connection()
+    each.frame(0.0)
+    last_s = stream(each, 2.0, 1.0)
+    assert each.check(last_s + 3.01)
+
+
 def test_time_without_frames_is_summed_and_a_late_frame_ends_the_stall():
     each = connection()
     last_s = stream(each, 0.0, 10)

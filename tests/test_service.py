@@ -86,10 +86,12 @@ def events_of(tmp_path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_people_of_two_cameras_become_events_with_their_time(serve, camera_files, run, tmp_path):
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_people_of_two_cameras_become_events_with_their_time(serve, camera_files, run, tmp_path, isolation):
     url, _ = serve(*camera_files)
-    site = site_of(tmp_path, {"gate": f"{url}/gate", "hall": f"{url}/hall"})
-    service = run(site)
+    cameras = {"gate": f"{url}/gate", "hall": f"{url}/hall"}
+    service = run(site_of(tmp_path, cameras, ingest={"isolation": isolation}))
+    assert len(service.ingest_workers()) == (isolation == "process")
     wait_for(lambda: min(service.totals.people[camera] for camera in ("gate", "hall")) >= 5)
     events = events_of(tmp_path)
     assert {event["source"] for event in events} == {"/hq/gate", "/hq/hall"}
