@@ -9,7 +9,9 @@ DEMO_OUT ?= demo-out
 DEMO_FLAGS ?=
 
 # Tests: for example `make test PYTEST_FLAGS="-m 'not slow'"`.
+# Files of tests are spread over TEST_WORKERS processes, with one thread of arithmetic each.
 PYTEST_FLAGS ?=
+TEST_WORKERS ?= 2
 
 # Training the shipped model again: imagenet, or a .pth file with torchvision's names.
 BACKBONE_WEIGHTS ?= imagenet
@@ -42,7 +44,7 @@ demo: $(BASE)  ## find a person in another camera, on two synthetic clips (no Py
 
 test: $(DEV) $(TRITON)  ## run every test that this machine can run; a skip says what is missing
 	@deploy/setup-venv.sh rtsp
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 test-gpu: kernels  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)

@@ -14,7 +14,7 @@ import psdiff
 ROOT = Path(psdiff.__file__).resolve().parent
 VENV = ROOT / ".venv-triton"
 PREPARE = "run make triton-server"
-START_S = 60
+START_S = 180.0
 
 
 def missing():
