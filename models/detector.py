@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .detections import Detections, Float32Array, select_detections
 from .preprocess import Frame, Letterbox, check_frame, seeded_noise
-from .sampling import Engine, SamplerSettings, StepOutput, denoise
+from .sampling import Engine, Grid, SamplerSettings, StepOutput, denoise
 from .solvers import PLAIN, SamplerOptions, boxes_to_signal
 
 # One query box is described by this many proposals with independent noise, averaged.
@@ -88,15 +88,17 @@ class Detector:
         seeds: Sequence[int] | None = None,
         *,
         start: Start | None = None,
+        grid: Grid | None = None,
         options: SamplerOptions = PLAIN,
         after_step: AfterStep | None = None,
     ) -> list[Detections]:
         """Find the people in frames that lie on the canvas already; otherwise as detect.
 
-        start: instead of noise from the seeds. after_step: called with the output of each step; what it raises
+        start: instead of noise from the seeds. grid: the K timesteps, instead of the model's; (B,) each where
+        images differ. start lies at the first. after_step: called with the output of each step; what it raises
         ends the loop.
         """
-        grid = timesteps_of(self.settings, steps)
+        grid = self._checked(grid, steps)
         seeds = [0] * len(canvases) if seeds is None else seeds
         if len(seeds) != len(canvases):
             raise ValueError(f"seeds must be one per frame ({len(canvases)}), got {len(seeds)}")
@@ -171,6 +173,12 @@ class Detector:
         )
         mean = output.embeddings[0].reshape(len(boxes), PROPOSALS_PER_QUERY, -1).mean(axis=1)
         return mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
+
+    def _checked(self, grid: Grid | None, steps: int) -> Grid:
+        own = timesteps_of(self.settings, steps)
+        if grid is not None and len(grid) != steps:
+            raise ValueError(f"grid must hold {steps} timesteps, one a step, got {len(grid)}")
+        return own if grid is None else grid
 
     def _noise(self, seeds: Sequence[int]) -> Start:
         sizes = self.settings.num_proposals, self.settings.embedding_dim

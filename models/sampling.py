@@ -31,6 +31,12 @@ from .solvers import (
 # In whatever form the engine likes: arrays, tensors on a device, handles.
 Features = Sequence[Any]
 
+# A timestep for all images, or (B,) one for each.
+Times = int | NDArray[np.int64]
+
+# K descending timesteps. Images that start elsewhere in the schedule may ride in one batch.
+Grid = Sequence[Times] | NDArray[np.int64]
+
 # The tensor names of a bundle's graphs; the outputs of a step are the fields of StepOutput.
 BACKBONE_INPUTS: tuple[str, ...] = ("image",)
 FEATURES: tuple[str, ...] = ("p2", "p3", "p4", "p5")
@@ -102,7 +108,7 @@ def denoise(
     features: Features,
     boxes_t: Float32Array,
     emb_t: Float32Array,
-    grid: Sequence[int],
+    grid: Grid,
     *,
     pin_boxes: bool = False,
     options: SamplerOptions = PLAIN,
@@ -144,7 +150,7 @@ def denoise_steps(
     features: Features,
     boxes_t: Float32Array,
     emb_t: Float32Array,
-    grid: Sequence[int],
+    grid: Grid,
     *,
     pin_boxes: bool = False,
     options: SamplerOptions = PLAIN,
@@ -154,13 +160,17 @@ def denoise_steps(
     """Walk a grid and yield the outputs of its K steps.
 
     boxes_t: (B, N, 4) and emb_t: (B, N, E) at grid[0]. pin_boxes keeps the boxes where they are. settings:
-    needed where options.on_host; ValueError without them. seeds: one per image, default 0 for all.
+    needed where options.on_host; ValueError without them, or with them where images have different grids.
+    seeds: one per image, default 0 for all.
     An output's boxes_next and emb_next are the graph's own DDIM step, whatever the options made of it.
     """
 
-    def evaluate(boxes: Float32Array, emb: Float32Array, t: int, t_next: int) -> StepOutput:
+    def evaluate(boxes: Float32Array, emb: Float32Array, t: Times, t_next: Times) -> StepOutput:
         times = (np.full(len(boxes), value, np.int64) for value in (t, t_next))
         return engine.denoise_step(features, boxes_t if pin_boxes else boxes, emb, *times)
+
+    if options.on_host and any(np.ndim(t) for t in grid):
+        raise ValueError(f"grid must be the same for every image with {options}, got one for each")
 
     seeds = [0] * len(boxes_t) if seeds is None else seeds
     if len(seeds) != len(boxes_t):
@@ -170,7 +180,7 @@ def denoise_steps(
     for step, (t, t_next) in enumerate(zip(grid, [*grid[1:], -1], strict=True), start=1):
         output = evaluate(boxes, emb, t, t_next)
         yield output
-        if host is None or t_next < 0:
+        if host is None or step == len(grid):
             boxes, emb = output.boxes_next, output.emb_next
         else:
             boxes, emb = host.follow(output, join_signal(boxes, emb), step, (t, t_next))
@@ -181,7 +191,7 @@ class _HostSteps:
 
     def __init__(
         self,
-        evaluate: Callable[[Float32Array, Float32Array, int, int], StepOutput],
+        evaluate: Callable[[Float32Array, Float32Array, Times, Times], StepOutput],
         options: SamplerOptions,
         settings: SamplerSettings | None,
         seeds: Sequence[int],
@@ -200,7 +210,7 @@ class _HostSteps:
             self._stepper = Stepper(options.solver, schedule, self._predict, options.eta)
 
     def follow(
-        self, output: StepOutput, x_t: Float64Array, step: int, times: tuple[int, int]
+        self, output: StepOutput, x_t: Float64Array, step: int, times: tuple[Times, Times]
     ) -> tuple[Float32Array, Float32Array]:
         """Boxes and embeddings that the next step starts from; step counts the outputs so far."""
         noise = fresh_noise(self._seeds, step, x_t.shape[1:]) if self._options.draws_noise else None
@@ -208,7 +218,9 @@ class _HostSteps:
             return split_signal(noise)
         x_next = join_signal(output.boxes_next, output.emb_next)
         if self._stepper is not None:
-            x_next = self._stepper.step(x_t, self._clean(output), *times, noise)
+            # A solver on the host has one grid for all images.
+            t, t_next = map(int, times)
+            x_next = self._stepper.step(x_t, self._clean(output), t, t_next, noise)
         if noise is not None and self._options.renewal is not None:
             renewed = (output.scores <= self._options.renewal)[..., None]
             x_next = np.where(renewed, noise, x_next)
@@ -234,9 +246,12 @@ def sampling_timesteps(steps: int, num_timesteps: int, power: float) -> list[int
     if not 1 <= steps <= num_timesteps:
         raise ValueError(f"steps must be a whole number from 1 to {num_timesteps}, got {steps}")
     # The small term keeps an exact product such as 1000 * (3/4) from falling below the integer.
-    grid = [int(num_timesteps * (1 - i / steps) ** power + 1e-9) - 1 for i in range(steps)]
-    # With a high power and many steps neighbours near t = 0 round to one timestep: push them apart.
+    return distinct([int(num_timesteps * (1 - i / steps) ** power + 1e-9) - 1 for i in range(steps)])
+
+
+def distinct(grid: list[int]) -> list[int]:
+    """Push timesteps apart that rounded to the same one near t = 0, and the last to 0 at least."""
     grid[-1] = max(grid[-1], 0)
-    for i in range(steps - 2, -1, -1):
+    for i in range(len(grid) - 2, -1, -1):
         grid[i] = max(grid[i], grid[i + 1] + 1)
     return grid

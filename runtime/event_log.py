@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from .events import DetectionEvent
+from .events import DetectionEvent, TrackEvent
 
 # How much of a file is read at once, from its end, to find the last whole line.
 BLOCK = 65536
@@ -29,7 +29,7 @@ class EventLog:
         """The file of today."""
         return self._folder / f"events-{self._day}.jsonl"
 
-    def write(self, events: Sequence[DetectionEvent]) -> None:
+    def write(self, events: Sequence[DetectionEvent | TrackEvent]) -> None:
         """Append the events of one frame with one system call. Raises OSError when the disk is full."""
         lines = "".join(event.line() for event in events).encode()
         if not lines:

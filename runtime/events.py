@@ -17,6 +17,7 @@ from ..bundle import Manifest
 from .frames import TimeSource, VideoFrame
 
 EVENT_TYPE = "psdiff.detection.v1"
+TRACK_ENDED = "psdiff.track.v1"
 
 
 def utc_text(time: datetime) -> str:
@@ -37,6 +38,16 @@ class FrameSize(BaseModel):
     h: int
 
 
+class TrackRecord(BaseModel):
+    """The detections of one camera that are one person."""
+
+    id: str
+    """camera:start:number; start tells services apart that ran one after the other."""
+    state: Literal["new", "update", "end"]
+    votes: int
+    """Detections so far, this one included."""
+
+
 class DetectedPerson(BaseModel):
     """One box of one frame."""
 
@@ -45,6 +56,8 @@ class DetectedPerson(BaseModel):
     box: tuple[Pixels, Pixels, Pixels, Pixels]
     """x1, y1, x2, y2 in frame pixels."""
     score: Ratio
+    track: TrackRecord | None = None
+    """Absent where nobody follows people from frame to frame."""
 
 
 class Match(BaseModel):
@@ -76,6 +89,8 @@ class Compute(BaseModel):
     """Wall time of the whole batch."""
     queue_ms: Milliseconds | None = None
     """From the camera's decoder to the computation; absent where frames do not wait."""
+    warm: bool | None = None
+    """Whether the diffusion began with the people of the frame before; absent where that was not asked for."""
 
 
 class EventData(BaseModel):
@@ -111,11 +126,52 @@ class DetectionEvent(BaseModel):
     def line(self) -> str:
         """Return the event as one line of JSON, with its newline."""
         # pts_s stays as null: "no timestamps" is an answer. What was not asked for, or not measured, is left out.
-        without: set[str] = {
-            name for name in ("match", "ts_uncertainty_ms") if getattr(self.data, name) is None
-        }
-        inside = {"compute": {"queue_ms"}} if self.data.compute.queue_ms is None else {}
-        return self.model_dump_json(exclude={"data": dict.fromkeys(without, True) | inside}) + "\n"
+        data = self.data
+        parts = {"compute": data.compute, "det": data.det}
+        inside = {name: _absent(part, "queue_ms", "warm", "track") for name, part in parts.items()}
+        without = dict.fromkeys(_absent(data, "match", "ts_uncertainty_ms"), True)
+        return self.model_dump_json(exclude={"data": without | inside}) + "\n"
+
+
+class BestView(BaseModel):
+    """The detection that showed a person best: the largest score times area."""
+
+    frame_seq: int
+    box: tuple[Pixels, Pixels, Pixels, Pixels]
+    score: Ratio
+
+
+class TrackData(BaseModel):
+    """A person who is gone."""
+
+    camera: str
+    track: TrackRecord
+    first_seen: UtcTime
+    last_seen: UtcTime
+    best: BestView
+    model: ModelRecord
+
+
+class TrackEvent(BaseModel):
+    """CloudEvents 1.0 envelope, JSON format: the end of a track. Its time is that of the last detection."""
+
+    specversion: Literal["1.0"] = "1.0"
+    id: str = Field(default_factory=lambda: str(ULID()))
+    type: Literal["psdiff.track.v1"] = TRACK_ENDED
+    source: str
+    """/site/camera, percent-encoded."""
+    subject: str
+    time: UtcTime
+    datacontenttype: Literal["application/json"] = "application/json"
+    data: TrackData
+
+    def line(self) -> str:
+        """Return the event as one line of JSON, with its newline."""
+        return self.model_dump_json() + "\n"
+
+
+def _absent(part: BaseModel, *names: str) -> set[str]:
+    return {name for name in names if getattr(part, name, None) is None}
 
 
 Status = Literal["running", "ended", "failed", "interrupted"]
@@ -190,8 +246,13 @@ def detection_event(
         model=model,
         compute=compute,
     )
-    source = f"/{quote(site, safe='')}/{quote(frame.camera, safe='')}"
+    source = source_of(site, frame.camera)
     return DetectionEvent(source=source, subject=person.id, time=frame.time, data=data)
+
+
+def source_of(site: str, camera: str) -> str:
+    """Name a camera of a site as CloudEvents want it."""
+    return f"/{quote(site, safe='')}/{quote(camera, safe='')}"
 
 
 def model_record(manifest: Manifest) -> ModelRecord:

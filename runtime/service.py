@@ -18,14 +18,21 @@ from .batch_loop import BatchLoop, FrameResult
 from .camera_feed import CameraFrame, Feed, FeedSettings
 from .elastic_steps import CostTable, StepChooser
 from .event_log import EventLog
-from .events import Compute, DetectedPerson, detection_event, model_record
+from .events import (
+    Compute,
+    DetectedPerson,
+    DetectionEvent,
+    TrackEvent,
+    detection_event,
+    model_record,
+)
 from .frame_queues import FrameQueues
 from .frames import VideoFrame
 from .ingest import Ingest, ThreadIngest
 from .ingest_processes import ProcessIngest, default_workers
 from .query import as_box
-from .run import frame_seed
 from .site_file import Camera, Site, resolved_url
+from .site_people import SitePeople
 from .step_costs import allowed_steps
 
 # How long a frame waits for those of other cameras to share its batch.
@@ -58,13 +65,13 @@ class Service:
         """
         self.site = site
         self.totals = Totals()
-        self._detector = detector
         self._model = model_record(manifest)
         self._queues: FrameQueues[CameraFrame] = FrameQueues(site.model.max_batch, WINDOW_S)
         self._ingest: Ingest | None = None
         self._feeds: dict[str, Feed] = {}
         self._lock = threading.Lock()
         self._log = EventLog(site.site.data_dir)
+        self._people = SitePeople(site, detector, self._model)
         steps = allowed_steps(site, manifest)
         self._loop = BatchLoop(self._queues, self._detect, StepChooser(table, steps), self._on_result)
         self._is_serving = False
@@ -93,6 +100,8 @@ class Service:
             self._queues.remove(feed.camera)
         ended = [self._loop.stop(max(0.0, end_s - time.monotonic()))]
         ended += [feed.join(max(0.0, end_s - time.monotonic())) for feed in feeds]
+        if ended[0]:
+            self._write(self._people.end())
         if self._ingest is not None:
             ended.append(self._ingest.close(max(0.0, end_s - time.monotonic())))
         self._log.close()
@@ -155,8 +164,7 @@ class Service:
         return None if is_in else "removed"
 
     def _detect(self, frames: Sequence[CameraFrame], steps: int) -> list[Detections]:
-        seeds = [frame_seed(frame.camera, frame.seq) for frame in frames]
-        return self._detector.detect([frame.image for frame in frames], steps, seeds)
+        return self._people.detect(frames, steps)
 
     def _on_result(self, result: FrameResult) -> None:
         frame, people = result.frame, result.people
@@ -173,11 +181,13 @@ class Service:
             frame.time.source,
             frame.time.uncertainty_s,
         )
+        followed = self._people.follow(frame, people)
         compute = Compute(
             steps=result.steps,
             batch=result.batch,
             infer_ms=1000 * result.infer_s,
             queue_ms=1000 * result.queue_s,
+            warm=followed.warm,
         )
         events = [
             detection_event(
@@ -186,6 +196,7 @@ class Service:
                     id=f"{frame.camera}:{frame.seq}:{i}",
                     box=as_box(people.boxes_xyxy[i]),
                     score=float(people.scores[i]),
+                    track=followed.tracks[i],
                 ),
                 match=None,
                 model=self._model,
@@ -194,6 +205,9 @@ class Service:
             )
             for i in range(len(people))
         ]
+        self._write([*events, *followed.ended])
+
+    def _write(self, events: Sequence[DetectionEvent | TrackEvent]) -> None:
         try:
             self._log.write(events)
         except OSError as error:

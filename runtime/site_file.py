@@ -101,6 +101,8 @@ class CameraDefaults(_Strict):
     """Of RTSP."""
     trust_clock: Trust = "auto"
     """Whether the camera's own clock is believed; auto: within two seconds of ours."""
+    warm_start: bool = False
+    """Begin each frame with the people of the one before: docs/warm_start.md says what that gains, and loses."""
 
 
 class Camera(_Strict):
@@ -116,6 +118,7 @@ class Camera(_Strict):
     sample_fps: float | None = Field(default=None, gt=0)
     transport: Literal["tcp", "udp"] | None = None
     trust_clock: Trust | None = None
+    warm_start: bool | None = None
 
     @field_validator("url")
     @classmethod
@@ -172,6 +175,15 @@ class Site(_Strict):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
             raise ValueError(f"cameras must have different ids, got {', '.join(twice)} more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _local_warm_starts(self) -> Self:
+        warm = [camera.id for camera in self.cameras if self.settings(camera).warm_start]
+        if self.model.backend == TRITON and (warm or self.defaults.warm_start):
+            whose = ", ".join(warm) or "defaults"
+            # The server walks the model's own grid, from T on.
+            raise ValueError(f"warm_start must be false with backend {TRITON}, got true for {whose}")
         return self
 
     def settings(self, camera: Camera) -> CameraDefaults:

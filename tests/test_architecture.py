@@ -25,6 +25,7 @@ ALLOWED = {
         "models.detections",
         "models.detector",
         "models.preprocess",
+        "models.renoising",
         "models.sampling",
         "models.verification",
         "bundle",

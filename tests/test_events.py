@@ -5,12 +5,17 @@ from datetime import UTC, datetime
 import pytest
 from conftest import scene
 from psdiff.runtime.events import (
+    BestView,
     Compute,
     DetectedPerson,
     EventWriter,
     Match,
+    TrackData,
+    TrackEvent,
+    TrackRecord,
     detection_event,
     model_record,
+    source_of,
 )
 from psdiff.runtime.frames import VideoFrame
 from ulid import ULID
@@ -55,6 +60,35 @@ def test_an_event_is_one_line_of_cloudevents_json(event):
             "compute": {"steps": 2, "batch": 3, "infer_ms": 21.0},
         },
     }
+
+
+def test_a_track_and_a_warm_start_are_told_where_there_are_any(event):
+    made = event()
+    made.data.det.track = TrackRecord(id="gate-1:1:7", state="update", votes=3)
+    made.data.compute.warm = False
+    data = json.loads(made.line())["data"]
+    assert data["det"]["track"] == {"id": "gate-1:1:7", "state": "update", "votes": 3}
+    assert data["compute"]["warm"] is False
+
+
+def test_the_end_of_a_track_is_an_event_of_its_own(manifest):
+    made = TrackEvent(
+        source=source_of("head office", "gate-1"),
+        subject="gate-1:1:7",
+        time=TIME,
+        data=TrackData(
+            camera="gate-1",
+            track=TrackRecord(id="gate-1:1:7", state="end", votes=3),
+            first_seen=TIME,
+            last_seen=TIME,
+            best=BestView(frame_seq=42, box=(1.04, 2.06, 30.0, 40.96), score=0.93333),
+            model=model_record(manifest),
+        ),
+    )
+    content = json.loads(made.line())
+    assert (content["type"], content["source"]) == ("psdiff.track.v1", "/head%20office/gate-1")
+    assert content["time"] == content["data"]["last_seen"] == "2026-11-20T12:51:03.214Z"
+    assert content["data"]["best"] == {"frame_seq": 42, "box": [1.0, 2.1, 30.0, 41.0], "score": 0.9333}
 
 
 def test_a_match_is_there_when_a_query_was_asked(event):

@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 import yaml
-from conftest import GREEN, fake_manifest, walk, write_video
+from conftest import GREEN, fake_detector_of, fake_manifest, walk, write_video
 from psdiff.bundle import Latency
 from psdiff.runtime.detector import backend_version
 from psdiff.runtime.elastic_steps import CostTable
@@ -104,6 +104,73 @@ def test_people_of_two_cameras_become_events_with_their_time(serve, camera_files
         assert len(data["det"]["box"]) == 4
     ids = [event["data"]["det"]["id"] for event in events]
     assert len(set(ids)) == len(ids)
+
+
+def ended_of(tmp_path):
+    return [event for event in events_of(tmp_path) if event["type"] == "psdiff.track.v1"]
+
+
+def found_of(tmp_path):
+    return [event["data"] for event in events_of(tmp_path) if event["type"] == "psdiff.detection.v1"]
+
+
+def test_a_person_is_one_track_from_its_first_frame_to_its_end(
+    serve, camera_files, detector, manifest, tmp_path
+):
+    url, _ = serve(*camera_files)
+    site = site_of(tmp_path, {"gate": f"{url}/gate", "hall": f"{url}/hall"})
+    service = Service(site, manifest, detector, TABLE)
+    service.start()
+    wait_for(lambda: min(service.totals.people[camera] for camera in ("gate", "hall")) >= 5)
+    assert service.stop(10)
+    found, ended = found_of(tmp_path), ended_of(tmp_path)
+    for camera in ("gate", "hall"):
+        tracks = [data["det"]["track"] for data in found if data["camera"] == camera]
+        for name in {track["id"] for track in tracks}:
+            own = [track for track in tracks if track["id"] == name]
+            assert name.startswith(f"{camera}:")
+            assert [track["votes"] for track in own] == list(range(1, len(own) + 1))
+            assert [track["state"] for track in own] == ["new"] + ["update"] * (len(own) - 1)
+        # The video starts again from time to time, and the person with it; most frames follow one another.
+        assert len({track["id"] for track in tracks}) < len(tracks)
+    # Everybody's end is told once, those who were there when the service stopped included.
+    assert sorted(event["subject"] for event in ended) == sorted(
+        {data["det"]["track"]["id"] for data in found}
+    )
+    for event in ended:
+        record = event["data"]["track"]
+        assert (record["id"], record["state"]) == (event["subject"], "end")
+        votes = [data for data in found if data["det"]["track"]["id"] == record["id"]]
+        assert record["votes"] == len(votes)
+        assert event["data"]["first_seen"] <= event["data"]["last_seen"] == event["time"]
+        best = max(votes, key=lambda data: data["det"]["score"])["det"]["score"]
+        assert event["data"]["best"]["score"] <= best
+        assert "warm" not in votes[0]["compute"]
+
+
+def test_cameras_that_want_it_start_warm_and_others_do_not(serve, camera_files, engine, manifest, tmp_path):
+    url, _ = serve(*camera_files)
+    known = manifest.model_copy(update={"model": {"num_timesteps": 1000, "embedding_scale": 3.0}})
+    cameras = [
+        {"id": "gate", "url": f"{url}/gate", "warm_start": True},
+        {"id": "hall", "url": f"{url}/hall"},
+    ]
+    site = site_of(tmp_path, {}, cameras=cameras)
+    service = Service(site, known, fake_detector_of(engine, known), TABLE)
+    service.start()
+    wait_for(lambda: min(service.totals.people[camera] for camera in ("gate", "hall")) >= 6)
+    assert service.stop(10)
+    found = found_of(tmp_path)
+    starts = [data["compute"]["warm"] for data in found if data["camera"] == "gate"]
+    assert starts[0] is False
+    assert True in starts
+    assert all("warm" not in data["compute"] for data in found if data["camera"] == "hall")
+
+
+def test_a_warm_start_needs_a_bundle_that_tells_its_noise(detector, manifest, tmp_path):
+    site = site_of(tmp_path, {}, cameras=[{"id": "gate", "url": "rtsp://127.0.0.1/x", "warm_start": True}])
+    with pytest.raises(ValueError, match="bundle must hold num_timesteps to start below T, got none"):
+        Service(site, manifest, detector, TABLE)
 
 
 def test_what_the_api_tells_adds_up(serve, camera_files, run, tmp_path):

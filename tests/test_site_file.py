@@ -50,6 +50,14 @@ def test_an_empty_site_is_a_site(write):
     assert load_site(write("version: 1\n")) == Site()
 
 
+def test_a_warm_start_is_wanted_camera_by_camera_and_off_by_default(write):
+    cameras = "cameras: [{id: a, url: 'rtsp://x', warm_start: true}, {id: b, url: 'rtsp://y'}]"
+    site = load_site(write(cameras))
+    assert [site.settings(camera).warm_start for camera in site.cameras] == [True, False]
+    site = load_site(write(f"defaults: {{warm_start: true}}\n{cameras}"))
+    assert [site.settings(camera).warm_start for camera in site.cameras] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -77,6 +85,14 @@ def test_an_empty_site_is_a_site(write):
         (
             "api: {listen: '0.0.0.0:80'}",
             r"api\.listen: must be an address of this machine .*, got '0.0.0.0:80'",
+        ),
+        (
+            "model: {backend: triton}\ndefaults: {warm_start: true}",
+            "warm_start must be false with backend triton, got true for defaults",
+        ),
+        (
+            "model: {backend: triton}\ncameras: [{id: a, url: 'rtsp://x', warm_start: true}]",
+            "warm_start must be false with backend triton, got true for a",
         ),
         ("version: 2", "version: Input should be 1, got 2"),
         ("- a", "must hold keys and values, got list"),
