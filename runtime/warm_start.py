@@ -194,8 +194,9 @@ def expected(
 def warm_threshold(settings: SamplerSettings, steps: int) -> float:
     """The score from which a box counts as a person after K = steps from a warm start.
 
-    K >= 2 steps from t_w end about as near to the clean signal as 2 K steps from T, and scores spread with it. Of what
-    passes the shipped model's threshold of K = 2 nine in ten are people after a cold start, and half after a warm one.
+    K >= 2 steps from t_w end about as near to the clean signal as 2 K steps from T, and scores spread with it: what
+    passes the shipped model's threshold of K = 2 is right nine times in ten after a cold start, and five after a warm
+    one.
     """
     return settings.threshold(steps if steps == 1 else 2 * steps)
 
