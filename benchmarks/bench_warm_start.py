@@ -62,7 +62,7 @@ SETTINGS = {
 VARIANTS = {f"K = {k}, {name}": Way(k, settings) for k in (1, 2) for name, settings in SETTINGS.items()}
 
 # Frames whose milliseconds are measured, in every way in turn.
-TIMED_FRAMES = 40
+TIMED_FRAMES = 60
 
 Row = dict[str, Any]
 
@@ -152,11 +152,14 @@ def table(result: Row) -> str:
     first = result["rows"][0]["scores"]
     queries, entrances = (sum(scores[name] for scores in first) for name in ("queries", "entrances"))
     headings = ["start", "mAP", "top-1", "AP50", "precision", "recall", *map(str, FRAMES_AFTER)]
-    headings += ["ms", "ratio"] * bool(ms)
+    headings += ["ms", "ratio"] if ms else ["best threshold"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in result["rows"]:
-        spent = ms.get(row["way"])
-        cells = _cells(row) + ([f"{spent:.0f}", f"{spent / next(iter(ms.values())):.2f}"] if spent else [])
+        cells = _cells(row)
+        if ms:
+            cells += [f"{ms[row['way']]:.0f}", f"{ms[row['way']] / next(iter(ms.values())):.2f}"]
+        else:
+            cells.append(", ".join(f"{scores['best_threshold']:.2f}" for scores in row["scores"]))
         lines.append(f"| {' | '.join(cells)} |")
     frames = round(CLIPS.duration_s * CLIPS.clip_fps / CLIPS.every) * 2 * CLIPS.streets
     command = f"python -m psdiff.benchmarks.bench_warm_start{'' if ms else ' --tune'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..training.evaluation.clips import (
     EvaluationSet,
     LabelledImage,
     assigned_pids,
+    best_f1_threshold,
     best_views,
     load_evaluation_set,
     render_evaluation_set,
@@ -88,6 +89,8 @@ class Scores:
     recall: float
     entered: Mapping[int, float]
     """Frames since somebody entered -> share of them found; without numbers after which nobody is there."""
+    best_threshold: float
+    """With the largest F1 on these clips."""
     entrances: int
     queries: int
 
@@ -130,7 +133,7 @@ def threshold_of(way: Way, detector: Detector) -> float:
     """The score from which the service would report a person."""
     if way.warm is None:
         return detector.settings.threshold(way.steps)
-    return warm_threshold(detector.settings, way.steps)
+    return warm_threshold(way.warm, detector.settings, way.steps)
 
 
 def watch(
@@ -159,7 +162,9 @@ class Viewer:
     def __init__(self, detector: Detector, way: Way, calibrated: Detector) -> None:
         """detector: looks. calibrated: has the thresholds from which tracks are made."""
         self._detector, self._way = detector, way
-        self._warm = WarmDetector(detector, way.warm) if way.warm else None
+        # What passes is decided below, so that doubtful detections can be scored, too.
+        whole = replace(way.warm, score_thresholds={}) if way.warm else None
+        self._warm = WarmDetector(detector, whole) if whole else None
         self._tracks = CameraTracks()
         self._cold = calibrated.settings.threshold(way.steps)
         self._certain = threshold_of(way, calibrated)
@@ -215,6 +220,7 @@ def scores_of(
         precision=float(is_person[passes].mean()),
         recall=float(is_person[passes].sum() / num_people),
         entered={after: float(np.mean(hits)) for after, hits in entered.items() if hits},
+        best_threshold=best_f1_threshold(values, is_person, num_people),
         entrances=len(entered[0]),
         queries=ranking.num_queries,
     )

@@ -11,8 +11,8 @@ Legend: B images, N proposals, E embedding dimension, K steps, m people expected
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import cv2
@@ -49,6 +49,11 @@ class WarmSettings:
     """Proposals of one person at the most; None for as many as there is room."""
     gap_s: float = 1.0
     """After a longer time without a frame a start is cold. People unseen for longer are not expected."""
+
+    score_thresholds: Mapping[int, float] = field(default_factory=lambda: {2: 0.91})
+    """K -> score from which a box counts as a person, where that is above the model's own; a K between two takes that
+    of the smaller one. K steps from t_w end nearer to the clean signal than K from T, and scores spread with it: with
+    the shipped model, of which these are, half of what passes the own threshold of K = 2 is nobody."""
 
     def __post_init__(self) -> None:
         if not 0.3 <= self.fresh_share <= 1:
@@ -123,7 +128,7 @@ class WarmDetector:
             start=Start(*(np.stack(part) for part in zip(*states, strict=True))),
             grid=np.array(grids, np.int64).T,
         )
-        certain = warm_threshold(sampler, steps)
+        certain = warm_threshold(self._settings, sampler, steps)
         return [
             Found(_scored_from(certain, found) if kind == "warm" else found, kind)
             for found, kind in zip(people, kinds, strict=True)
@@ -191,14 +196,11 @@ def expected(
     return letterbox.boxes_to_canvas(inside[stays].astype(np.float32)), embeddings[stays]
 
 
-def warm_threshold(settings: SamplerSettings, steps: int) -> float:
-    """The score from which a box counts as a person after K = steps from a warm start.
-
-    K >= 2 steps from t_w end about as near to the clean signal as 2 K steps from T, and scores spread with it: what
-    passes the shipped model's threshold of K = 2 is right nine times in ten after a cold start, and five after a warm
-    one.
-    """
-    return settings.threshold(steps if steps == 1 else 2 * steps)
+def warm_threshold(settings: WarmSettings, sampler: SamplerSettings, steps: int) -> float:
+    """The score from which a box counts as a person after K = steps from a warm start."""
+    known = [k for k in settings.score_thresholds if k <= steps]
+    own = settings.score_thresholds[max(known)] if known else 0.0
+    return max(own, sampler.threshold(steps))
 
 
 def thumbnail(canvas: Canvas) -> Float32Array:

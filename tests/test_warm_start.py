@@ -265,17 +265,19 @@ def test_a_batch_of_warm_and_cold_frames_is_what_each_would_be_alone():
         )
     }
     engine = KeepingEngine()
-    together = WarmDetector(Detector(engine, SETTINGS))
+    settings = WarmSettings(score_thresholds={})
+    together = WarmDetector(Detector(engine, SETTINGS), settings)
     together.detect([first for first, _ in shots.values()], 2)
     engine.times.clear()
     found = together.detect([second for _, second in shots.values()], 2)
     assert [each.start for each in found] == ["warm", "off", "warm"]
     assert engine.times == [([299, 999, 299], [36, 124, 36]), ([36, 124, 36], [-1, -1, -1])]
     for (first, second), each in zip(shots.values(), found, strict=True):
-        alone = WarmDetector(Detector(KeepingEngine(), SETTINGS))
+        alone = WarmDetector(Detector(KeepingEngine(), SETTINGS), settings)
         alone.detect([first], 2)
         [own] = alone.detect([second], 2)
         assert own.start == each.start
+        assert len(own.people) > 0
         np.testing.assert_array_equal(own.people.boxes_xyxy, each.people.boxes_xyxy)
         np.testing.assert_array_equal(own.people.embeddings, each.people.embeddings)
 
@@ -288,16 +290,17 @@ def test_a_cold_start_is_that_of_the_detector():
     np.testing.assert_array_equal(found.people.boxes_xyxy, plain.boxes_xyxy)
 
 
-def test_a_warm_start_has_the_threshold_of_twice_the_steps_but_for_one():
-    calibrated = SamplerSettings(**(vars(SETTINGS) | {"score_thresholds": {1: 0.4, 2: 0.5, 4: 0.9}}))
-    assert [warm_threshold(calibrated, steps) for steps in (1, 2, 4)] == [0.4, 0.9, 0.9]
-    tracks = tracked()
+def test_a_warm_start_has_a_threshold_of_its_own_where_that_is_above_the_models():
+    calibrated = SamplerSettings(**(vars(SETTINGS) | {"score_thresholds": {1: 0.4, 2: 0.5, 4: 0.95}}))
+    own = WarmSettings(score_thresholds={2: 0.9})
+    assert [warm_threshold(own, calibrated, steps) for steps in (1, 2, 4)] == [0.4, 0.9, 0.95]
+    # The engine's scores lie between 0.5 and 0.76.
     for highest, passes in ((0.9, False), (0.4, True)):
-        settings = SamplerSettings(**(vars(SETTINGS) | {"score_thresholds": {2: 0.3, 4: highest}}))
-        warm = WarmDetector(Detector(KeepingEngine(), settings))
+        settings = WarmSettings(score_thresholds={2: highest})
+        warm = WarmDetector(Detector(KeepingEngine(), SETTINGS), settings)
+        tracks = tracked()
         first, second = (warm.detect([shot(tracks, time_s)], 2)[0] for time_s in (0.2, 0.4))
         assert (first.start, second.start) == ("first", "warm")
-        # The engine's scores lie between 0.5 and 0.76.
         assert len(first.people) > 0
         assert (len(second.people) > 0) == passes
 
