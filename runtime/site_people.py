@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -45,8 +44,6 @@ class SitePeople:
         self._tracks: dict[str, CameraTracks] = {}
         self._starts: dict[tuple[str, int], StartKind] = {}
         self._run = f"{int(time.time()):x}"
-        self.starts: Counter[StartKind] = Counter()
-        """Frames of cameras that want a warm start, by what they got."""
 
     def detect(self, frames: Sequence[CameraFrame], steps: int) -> list[Detections]:
         """Find the people of a batch."""
@@ -78,8 +75,6 @@ class SitePeople:
             people, frame.time.utc_s, frame.seq, (width, height)
         )
         start = self._starts.pop((frame.camera, frame.seq), "off")
-        if start != "off":
-            self.starts[start] += 1
         records = [self._record(frame.camera, track) for track in tracks]
         return Followed(
             records,

@@ -282,6 +282,15 @@ def test_a_batch_of_warm_and_cold_frames_is_what_each_would_be_alone():
         np.testing.assert_array_equal(own.people.embeddings, each.people.embeddings)
 
 
+def test_two_frames_of_a_camera_in_one_batch_start_from_the_same_tracks():
+    tracks = tracked()
+    warm = WarmDetector(Detector(KeepingEngine(), SETTINGS))
+    found = warm.detect([shot(tracks, 0.2, seed=1), shot(tracks, 0.4, seed=2)], 2)
+    assert [each.start for each in found] == ["first", "warm"]
+    [later] = warm.detect([shot(tracks, 0.6, seed=3)], 2)
+    assert later.start == "warm"
+
+
 def test_a_cold_start_is_that_of_the_detector():
     detector = Detector(KeepingEngine(), SETTINGS)
     [plain] = detector.detect([picture()], 4, [5])
