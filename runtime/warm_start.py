@@ -99,6 +99,8 @@ class WarmDetector:
         most = known_timesteps(detector.settings) - 2
         if not 0 <= self._settings.timestep <= most:
             raise ValueError(f"timestep must be from 0 to {most}, got {self._settings.timestep}")
+        if detector.settings.embedding_scale is None:
+            raise ValueError("bundle must hold embedding_scale for a warm start, got none; export it again")
 
     def detect(self, shots: Sequence[Shot], steps: int) -> list[Found]:
         """Find the people of each frame with K = steps, whether its start is warm or cold.

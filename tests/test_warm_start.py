@@ -177,6 +177,8 @@ def test_a_bundle_that_does_not_tell_its_noise_has_no_warm_start():
     with pytest.raises(ValueError, match="bundle must hold num_timesteps to start below T, got none"):
         WarmDetector(Detector(KeepingEngine(), silent))
     silent = SamplerSettings(**(vars(SETTINGS) | {"embedding_scale": None}))
+    with pytest.raises(ValueError, match="bundle must hold embedding_scale for a warm start, got none"):
+        WarmDetector(Detector(KeepingEngine(), silent))
     with pytest.raises(ValueError, match="bundle must hold embedding_scale to start from people, got none"):
         people_at(BOXES, LOOKS, 299, 0, silent, fresh_share=0.5)
 
