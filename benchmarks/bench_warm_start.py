@@ -220,7 +220,7 @@ def write_plot(result: Row) -> None:
                 for after in FRAMES_AFTER
             ]
             axes[2].plot(FRAMES_AFTER, found, style, label=row["way"])
-    axes[2].set(xlabel="frames since somebody entered (5 a second)", ylabel="found (%)")
+    axes[2].set(xlabel="frames since the entrance", ylabel="newcomers found (%)")
     axes[2].legend(fontsize=8)
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=110)
