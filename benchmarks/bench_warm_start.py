@@ -167,7 +167,7 @@ def table(result: Row) -> str:
         [
             *lines,
             "",
-            f"{len(result['seeds'])} sets of {frames} frames, {queries} queries, "
+            f"{len(result['seeds'])} x {frames} frames, {queries} queries, "
             f"{entrances} entrances. `{command}`, {machine['cpu']}, {machine['cores']} cores, "
             f"{result['inference_threads']} thread, onnxruntime {machine['packages']['onnxruntime']}.",
         ]
