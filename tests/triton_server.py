@@ -1,6 +1,7 @@
 """A real tritonserver on this machine, from the wheel of nvidia-pytriton in .venv-triton."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -31,11 +32,25 @@ def installation():
     return site / "pytriton" / "tritonserver"
 
 
+def own_ports():
+    """Ports below those that the system gives out itself; each process of the tests has a thousand of its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first, count = 10_000 + 1_000 * (worker % 20), 1_000
+    begin = os.getpid() % count
+    return itertools.cycle([first + (begin + i) % count for i in range(count)])
+
+
+PORTS = own_ports()
+
+
 def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    """Ports that are free, and stay so as far as other tests go: none is given out twice in a row."""
+    ports = []
+    while len(ports) < count:
+        port = next(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports.append(port)
     return ports
 
 
