@@ -17,6 +17,7 @@ PARTS = [
     "kernels",
     "models",
     "runtime",
+    "runtime.soak",
     "training",
     "training.city",
     "training.datasets",

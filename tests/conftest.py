@@ -21,6 +21,7 @@ from psdiff.models.sampling import SamplerSettings, StepOutput
 from psdiff.models.verification import reference_arrays
 from psdiff.runtime import detector as detector_module
 from psdiff.runtime.detector import OnnxEngine
+from psdiff.runtime.soak import rtsp_server
 
 RED, GREEN, BLUE, YELLOW = (235, 40, 40), (40, 235, 40), (40, 40, 235), (235, 235, 40)
 EMBEDDING_DIM = 3
@@ -224,7 +225,7 @@ def small_bundle(tmp_path_factory):
     return folder / "small"
 
 
-RTSP_SERVER = Path(__file__).parent / "rtsp_server.py"
+RTSP_SERVER = Path(rtsp_server.__file__)
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 

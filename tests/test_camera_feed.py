@@ -8,7 +8,7 @@ from conftest import walk, write_video
 from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
-from tcp_proxy import TcpProxy
+from psdiff.runtime.soak.tcp_proxy import TcpProxy
 from triton_server import free_ports
 
 FPS = 30

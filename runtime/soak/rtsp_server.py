@@ -1,9 +1,10 @@
 """Serve H.264 files over RTSP with GStreamer's server: a camera for tests and for trying things out.
 
-    /usr/bin/python3 tests/rtsp_server.py --port 8554 entrance.mp4 lobby.mp4
-    psdiff run rtsp://127.0.0.1:8554/entrance rtsp://127.0.0.1:8554/lobby
+    /usr/bin/python3 runtime/soak/rtsp_server.py --port 8554 entrance.mp4 hall=lobby.mp4
+    psdiff run rtsp://127.0.0.1:8554/entrance rtsp://127.0.0.1:8554/hall
 
-Each file (MP4 or MOV, H.264) is played in real time from its start to every client, at /<file stem>. Needs
+Each file (MP4 or MOV, H.264) is played in real time from its start to every client, at /<file stem> or /<NAME> of
+NAME=FILE. Imports nothing of psdiff; needs
 Debian's gir1.2-gst-rtsp-server-1.0, python3-gi, gstreamer1.0-plugins-base, gstreamer1.0-plugins-good and
 gstreamer1.0-rtsp; runs with the system's Python, because PyGObject is not in a virtual environment.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 MISSING = 3
 
@@ -29,8 +31,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="+", metavar="[NAME=]FILE")
     parser.add_argument("--port", type=int, default=8554, help="0: any free port")
+    parser.add_argument(
+        "--in-band", action="store_true", help="the files hold their parameter sets before every key frame"
+    )
     parser.add_argument("--login", metavar="USER:PASSWORD", help="ask clients for it")
     arguments = parser.parse_args()
     rtsp, glib = gstreamer()
@@ -39,9 +44,9 @@ def main() -> None:
     server.set_service(str(arguments.port))
     if arguments.login:
         server.set_auth(login_check(rtsp, *arguments.login.split(":", 1)))
-    for file in arguments.files:
+    for name, file in map(mount_of, arguments.files):
         server.get_mount_points().add_factory(
-            f"/{file.stem}", media_factory(rtsp, file, bool(arguments.login))
+            f"/{name}", media_factory(rtsp, file, bool(arguments.login), arguments.in_band)
         )
     loop = glib.MainLoop()
     if server.attach(None) == 0:
@@ -52,16 +57,28 @@ def main() -> None:
     loop.run()
 
 
-def gstreamer():
+def mount_of(text: str) -> tuple[str, Path]:
+    """NAME=FILE, or FILE -> its name and path."""
+    name, separator, file = text.partition("=")
+    if separator and not Path(text).exists():
+        return name, Path(file)
+    return Path(text).stem, Path(text)
+
+
+def gstreamer() -> tuple[Any, Any]:
     """Import GStreamer; exit with MISSING and the package's name where a part is absent."""
     try:
-        import gi
+        import gi  # pyright: ignore[reportMissingImports]
     except ImportError:
         quit_without("python3-gi")
     try:
         gi.require_version("Gst", "1.0")
         gi.require_version("GstRtspServer", "1.0")
-        from gi.repository import GLib, Gst, GstRtspServer
+        from gi.repository import (  # pyright: ignore[reportMissingImports]
+            GLib,
+            Gst,
+            GstRtspServer,
+        )
     except (ImportError, ValueError):
         quit_without("gir1.2-gst-rtsp-server-1.0")
     Gst.init(None)
@@ -71,18 +88,20 @@ def gstreamer():
     return GstRtspServer, GLib
 
 
-def quit_without(package: str) -> None:
+def quit_without(package: str) -> NoReturn:
     """Say which Debian package is missing."""
     print(f"missing {package}", flush=True)
     sys.exit(MISSING)
 
 
-def media_factory(rtsp, file: Path, login: bool):
+def media_factory(rtsp: Any, file: Path, login: bool, in_band: bool) -> Any:
     """Play the file without decoding it."""
+    # The payloader repeats the sets of the file's head, which are wrong after a change of size.
+    interval = 0 if in_band else 1
     factory = rtsp.RTSPMediaFactory.new()
     location = str(file.resolve()).replace('"', '\\"')
     factory.set_launch(
-        f'( filesrc location="{location}" ! qtdemux ! rtph264pay name=pay0 pt=96 config-interval=1 )'
+        f'( filesrc location="{location}" ! qtdemux ! rtph264pay name=pay0 pt=96 config-interval={interval} )'
     )
     if login:
         roles = rtsp.RTSPPermissions.new()
@@ -92,7 +111,7 @@ def media_factory(rtsp, file: Path, login: bool):
     return factory
 
 
-def login_check(rtsp, user: str, password: str):
+def login_check(rtsp: Any, user: str, password: str) -> Any:
     """Ask for a user and a password (HTTP basic)."""
     auth = rtsp.RTSPAuth.new()
     token = rtsp.RTSPToken.new()

@@ -1,0 +1,228 @@
+"""A service over cameras of our own, each behind a proxy, and everything that its detector's thread gave out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from ...bundle import Manifest
+from ...models.detector import PersonDetector
+from ..batch_loop import FrameResult
+from ..elastic_steps import CostTable
+from ..service import Service
+from ..site_file import Site
+from .clips import is_in_place
+from .servers import RtspServer
+from .stub_detector import StubDetector, stub_manifest
+from .tcp_proxy import TcpProxy
+
+# Of each camera so many results are remembered.
+REMEMBERED = 3000
+
+# A camera that nothing happens to gives at least this share of its frames; a busy machine costs some.
+UNDISTURBED_SHARE = 0.5
+
+POLL_S = 0.02
+
+
+class FaultFailed(Exception):
+    """The service did not do what it must; the text says what."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One frame that the detector is done with."""
+
+    at_s: float
+    """When it was done, of the monotonic clock."""
+    seq: int
+    utc_s: float
+    source: str
+    uncertainty_s: float
+    size: tuple[int, int]
+    """width, height"""
+    people: int
+    """Found where a person can be."""
+    misplaced: int
+    """Found elsewhere."""
+    steps: int
+    batch: int
+    queue_s: float
+    since_arrival_s: float
+    since_capture_s: float
+    late_s: float
+
+
+class WatchedService:
+    """A site that runs until it is closed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        clips: Mapping[str, Path],
+        *,
+        fps: float = 10,
+        away: Collection[str] = (),
+        model: tuple[Manifest, PersonDetector, CostTable] | None = None,
+        changes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """folder: for events. clips: camera -> what it plays. away: cameras that are not there at first.
+
+        model: a real one; by default a stub that takes 5 ms. changes: keys of the site. Raises ServerMissing.
+        """
+        self.fps = fps
+        self.folder = folder
+        self.stub = StubDetector(0.005, 0.001)
+        self.server = RtspServer(clips)
+        self.proxies = {name: TcpProxy(self.server.port) for name in clips}
+        for name in away:
+            self.proxies[name].refuse()
+        self.backwards: Counter[str] = Counter()
+        """Frames whose time was not after that of the frame before, by camera."""
+        self._lock = threading.Lock()
+        self._seen: dict[str, deque[Seen]] = {name: deque(maxlen=REMEMBERED) for name in clips}
+        self._last_utc_s: dict[str, float] = {}
+        self.site = Site.model_validate(self.content() | dict(changes or {}))
+        manifest, detector, table = model or (stub_manifest(), self.stub, self.stub.table())
+        self.service = Service(self.site, manifest, detector, table)
+        observe_results(self.service, self._see)
+        self.service.start()
+
+    def content(self) -> dict[str, Any]:
+        """The site file."""
+        return {
+            "site": {"id": "soak", "data_dir": str(self.folder)},
+            "promise": {"latency_ms": 1000, "steps": {"min": 1, "max": 4}, "min_fps": 1},
+            "cameras": [{"id": name, "url": self.url(name)} for name in self.proxies],
+        }
+
+    def url(self, name: str) -> str:
+        """Where a camera is, by way of its proxy."""
+        return f"rtsp://127.0.0.1:{self.proxies[name].port}/{name}"
+
+    def camera(self, name: str) -> dict[str, Any]:
+        """Its state and account."""
+        return next(each for each in self.service.cameras() if each["camera"] == name)
+
+    def seen(self, name: str, since_s: float = 0.0) -> list[Seen]:
+        """What was seen of a camera since then."""
+        with self._lock:
+            return [each for each in self._seen[name] if each.at_s >= since_s]
+
+    def forget_times(self) -> None:
+        """From here on times may lie before those so far: our own clock was set."""
+        with self._lock:
+            self._last_utc_s.clear()
+
+    def wait(self, condition: Callable[[], object], within_s: float, what: str) -> float:
+        """Seconds until it holds. Raises FaultFailed with `what` where it does not in time."""
+        began_s = time.monotonic()
+        while not condition():
+            if time.monotonic() - began_s > within_s:
+                raise FaultFailed(f"{what} within {within_s:g} s")
+            time.sleep(POLL_S)
+        return time.monotonic() - began_s
+
+    def wait_for_frames(self, names: Iterable[str], within_s: float, count: int = 3) -> float:
+        """Seconds until each of the cameras has given so many frames from now on."""
+        since_s, missing = time.monotonic(), set(names)
+
+        def is_done() -> bool:
+            missing.difference_update([n for n in missing if len(self.seen(n, since_s)) >= count])
+            return not missing
+
+        try:
+            return self.wait(is_done, within_s, "")
+        except FaultFailed:
+            raise FaultFailed(f"frames of {', '.join(sorted(missing))} must come within {within_s:g} s") from None
+
+    def streaming(self) -> list[str]:
+        """The cameras that stream."""
+        return [each["camera"] for each in self.service.cameras() if each["state"] == "streaming"]
+
+    @contextmanager
+    def others_undisturbed(self, *touched: str) -> Iterator[None]:
+        """Within the block the other cameras, as far as they stream, go on, and the service is ready."""
+        names, began_s = [name for name in self.streaming() if name not in touched], time.monotonic()
+        yield
+        lasted_s = time.monotonic() - began_s
+        # What was seen at the end belongs to frames that were offered a little earlier.
+        wanted = UNDISTURBED_SHARE * self.fps * max(0.0, lasted_s - 1.0)
+        for name in names:
+            found = len(self.seen(name, began_s))
+            if found < wanted:
+                raise FaultFailed(f"{name} must go on, got {found} frames in {lasted_s:.1f} s")
+        if not self.service.is_ready:
+            raise FaultFailed("the service must stay ready, got that it is not")
+
+    def unaccounted(self) -> int:
+        """Frames that were decoded and are neither offered nor skipped, or offered and not told what became of.
+
+        Exact after close; before, frames on their way count.
+        """
+        total = 0
+        for each in self.service.cameras():
+            if "decoded" in each:
+                total += abs(each["decoded"] - each["offered"] - sum(each["skipped"].values()))
+                after = each["computed"] + sum(each["dropped"].values()) + each["waiting"]
+                total += abs(each["offered"] - after)
+        return total
+
+    def close(self, timeout_s: float = 10.0) -> bool:
+        """Stop everything; False where the service did not end in time."""
+        ended = self.service.stop(timeout_s)
+        for proxy in self.proxies.values():
+            proxy.close()
+        self.server.kill()
+        return ended
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _see(self, result: FrameResult) -> None:
+        frame, now_s = result.frame, time.monotonic()
+        height, width = frame.image.shape[:2]
+        placed = [is_in_place(tuple(box), width, height) for box in result.people.boxes_xyxy.tolist()]
+        with self._lock:
+            if frame.time.utc_s <= self._last_utc_s.get(frame.camera, 0.0):
+                self.backwards[frame.camera] += 1
+            self._last_utc_s[frame.camera] = frame.time.utc_s
+            self._seen[frame.camera].append(
+                Seen(
+                    at_s=now_s,
+                    seq=frame.seq,
+                    utc_s=frame.time.utc_s,
+                    source=frame.time.source,
+                    uncertainty_s=frame.time.uncertainty_s,
+                    size=(width, height),
+                    people=sum(placed),
+                    misplaced=len(placed) - sum(placed),
+                    steps=result.steps,
+                    batch=result.batch,
+                    queue_s=result.queue_s,
+                    since_arrival_s=result.queue_s + result.infer_s,
+                    since_capture_s=time.time() - frame.time.utc_s,
+                    late_s=result.late_s,
+                )
+            )
+
+
+def observe_results(service: Service, see: Callable[[FrameResult], None]) -> None:
+    """Have `see` called after each frame is done, by the detector's thread; before the service starts."""
+    loop = service._loop
+    publish = loop._on_result
+
+    def both(result: FrameResult) -> None:
+        publish(result)
+        see(result)
+
+    loop._on_result = both
