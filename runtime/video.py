@@ -16,7 +16,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from .capture_time import Arrival
-from .containers import CameraError, open_camera, open_video, reason_of, reference_time, told
+from .connection import Reason
+from .containers import NO_ANSWER, CameraError, open_camera, open_video, reason_of, reference_time, told
 from .frames import Picture, SourceError, VideoFrame
 
 # A demuxer that reports bad data this many times in a row has lost its place in the file.
@@ -68,6 +69,7 @@ class VideoSource:
         self.corrupt_packets = 0
         self._name = name
         self._live = live
+        self._read_timeout_s = read_timeout_s
         self._references: dict[int, float] = {}
         if live:
             self._container = open_camera(url, name, open_timeout_s, read_timeout_s, transport)
@@ -165,22 +167,30 @@ class VideoSource:
 
     def _packets(self) -> Iterator[av.Packet | None]:
         """Give the stream's packets, then None, which makes the decoder hand out the frames it holds back."""
-        bad_reads = 0
+        bad_reads, waiting_since_s = 0, time.monotonic()
         while bad_reads < MAX_BAD_READS:
             try:
                 for packet in self._container.demux(self._stream):
+                    # The parser holds back the last picture until the next one begins. Where none begins in time
+                    # FFmpeg gives that picture first, which is no live one any more, and the error after as long
+                    # again.
+                    if self._live and time.monotonic() - waiting_since_s > self._read_timeout_s:
+                        raise CameraError(self._broken_off(NO_ANSWER), Reason.TIMEOUT)
                     bad_reads = 0
                     if packet.size:
                         self._note_reference(packet)
                         yield packet
+                    waiting_since_s = time.monotonic()
                 break
             except av.error.InvalidDataError:
                 self.corrupt_packets += 1
                 bad_reads += 1
             except av.error.FFmpegError as error:
-                message = f"source must stay readable to its end, got {told(error)} from {self._name}"
-                raise CameraError(message, reason_of(error)) from None
+                raise CameraError(self._broken_off(told(error)), reason_of(error)) from None
         yield None
+
+    def _broken_off(self, what: str) -> str:
+        return f"source must stay readable to its end, got {what} from {self._name}"
 
     def _note_reference(self, packet: av.Packet) -> None:
         """Keep what the camera's clock says of a packet until its frame is decoded."""

@@ -83,7 +83,8 @@ def test_a_camera_that_falls_silent_fails_in_time(serve, camera_file):
         start = time.monotonic()
         with pytest.raises(SourceError, match="source must stay readable to its end, got no answer in time"):
             list(frames)
-        assert 0.5 < time.monotonic() - start < 4
+        # Once the read timeout, not twice, although FFmpeg gives its parser's last picture first.
+        assert 0.5 < time.monotonic() - start < 1.9
 
 
 def test_a_login_is_used_and_never_shown(serve, camera_file):
