@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from .capture_time import CaptureClock, CaptureTime, Trust
-from .connection import SHORTEST_STALL_S, Connection, HostLimit, Reason
+from .connection import Connection, HostLimit, Reason
 from .containers import CameraError
 from .frames import Picture, SourceError
 from .sources import without_credentials
@@ -23,6 +23,10 @@ from .video import Decoded, VideoSource
 
 # A camera must describe its stream and send a whole picture in this time.
 OPEN_TIMEOUT_S = 10.0
+
+# A connection on which nothing comes for so long is given up. Longer than a stall, so that this can be seen, and
+# than the five seconds between two frames of the slowest cameras.
+READ_TIMEOUT_S = 5.5
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +189,7 @@ class CameraFeed:
                 name=self._name,
                 live=True,
                 open_timeout_s=OPEN_TIMEOUT_S,
-                read_timeout_s=SHORTEST_STALL_S,
+                read_timeout_s=READ_TIMEOUT_S,
                 transport=self._settings.transport,
             )
         self._connections += 1

@@ -50,8 +50,9 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0
 # Waits start short again after this long without a fault: a camera that drops every ten seconds stays slow.
 HEALTHY_S = 30.0
 
-# No frame for so many intervals, and for so long at least, is a stall.
-STALL_INTERVALS, SHORTEST_STALL_S = 5.0, 3.0
+# No frame for so many intervals, and for so long at least, is a stall. The user is promised to see it three
+# seconds after the last byte.
+STALL_INTERVALS, SHORTEST_STALL_S = 5.0, 2.5
 
 # From so many of the latest frames the interval is known.
 REMEMBERED_GAPS = 15

@@ -148,7 +148,7 @@ def test_a_stall_is_seen_in_three_seconds_and_over_when_the_network_is_back(serv
     wait_for(is_streaming(feed))
     time.sleep(0.5)
     proxy.stall()
-    assert wait_for(lambda: feed.status()["state"] in ("stalled", "backoff")) < 3.5
+    assert wait_for(lambda: feed.status()["state"] == "stalled") < 3
     wait_for(lambda: feed.status()["reason"] == "timeout")
     proxy.flow()
     assert wait_for(is_streaming(feed), 20) < 15

@@ -33,7 +33,7 @@ def test_a_camera_is_offline_until_its_first_frame():
     assert (each.state, each.since_s, each.offline_since_s) == (State.STREAMING, 1.5, None)
 
 
-@pytest.mark.parametrize(("fps", "stall_s"), [(25, 3.0), (10, 3.0), (1, 5.0), (0.5, 10.0)])
+@pytest.mark.parametrize(("fps", "stall_s"), [(25, 2.5), (10, 2.5), (1, 5.0), (0.5, 10.0)])
 def test_frames_that_stay_away_are_a_stall_by_the_rate_of_the_camera(fps, stall_s):
     each = connection()
     last_s = stream(each, 0.0, 60, fps)
