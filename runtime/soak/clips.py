@@ -22,6 +22,9 @@ TOP, BOTTOM, WIDTH = 0.25, 0.75, 0.1
 # Brighter than anything else in the room.
 BRIGHT = 170
 
+# How much tiles of the room flicker.
+NOISE = 24
+
 
 def write_clip(
     path: Path,
@@ -38,7 +41,9 @@ def write_clip(
     seconds: of each size; sizes: (width, height), one after the other, within the same stream. group: frames from
     one IDR frame to the next. repeat: how often the whole is played, without encoding it again.
     """
-    packets = [packet for size in sizes for packet in _encoded(size, round(seconds * fps), fps, group, b_frames)]
+    packets = [
+        packet for size in sizes for packet in _encoded(size, round(seconds * fps), fps, group, b_frames)
+    ]
     each = round(seconds * fps)
     with av.open(str(path), "w") as container:
         stream = cast(VideoStream, container.add_stream("libx264", rate=Fraction(fps)))
@@ -58,13 +63,20 @@ def write_clip(
 def room(index: int, size: tuple[int, int] = SIZE) -> Picture:
     """Frame `index`: (height, width, 3) uint8 RGB."""
     width, height = size
-    # The same grain for every size and call: the encoder has something to do, and nobody has to guess.
-    grain = np.random.default_rng(0).integers(20, 90, (height // 8 + 1, width // 8 + 1), np.uint8)
-    image = np.repeat(np.kron(grain, np.ones((8, 8), np.uint8))[:height, :width, None], 3, axis=2)
+    # A room of tiles that stay and of noise that does not: a picture without either hardly needs bytes, and flipped
+    # ones would do nothing. The same at each call.
+    tiles = np.random.default_rng(0).integers(20, 70, (height // 8 + 1, width // 8 + 1), np.uint8)
+    noise = np.random.default_rng(index).integers(0, NOISE, (height // 2 + 1, width // 2 + 1), np.uint8)
+    grey = _enlarged(tiles, 8)[:height, :width] + _enlarged(noise, 2)[:height, :width]
+    image = np.repeat(grey[:, :, None], 3, axis=2)
     way = width - round(WIDTH * width)
     left = round(way * abs((index % 100) / 50 - 1))
     image[round(TOP * height) : round(BOTTOM * height), left : left + round(WIDTH * width)] = (40, 235, 40)
     return image
+
+
+def _enlarged(image: Picture, times: int) -> Picture:
+    return np.repeat(np.repeat(image, times, axis=0), times, axis=1)
 
 
 def person_in(image: Picture) -> tuple[float, float, float, float] | None:
@@ -90,11 +102,18 @@ def _encoded(
     codec = cast(VideoCodecContext, av.CodecContext.create("libx264", "w"))
     (codec.width, codec.height), codec.pix_fmt = size, "yuv420p"
     codec.framerate, codec.time_base = Fraction(fps), Fraction(1, fps)
-    codec.options = {"g": str(group), "keyint_min": str(group), "bf": str(b_frames), "crf": "24", "sc_threshold": "0"}
+    codec.options = {
+        "g": str(group),
+        "keyint_min": str(group),
+        "bf": str(b_frames),
+        "crf": "30",
+        "sc_threshold": "0",
+    }
     frames = [av.VideoFrame.from_ndarray(room(i, size), format="rgb24") for i in range(count)]
     for i, frame in enumerate(frames):
         frame.pts, frame.time_base = i, Fraction(1, fps)
     for frame in [*frames, None]:
         for packet in codec.encode(frame):
-            assert packet.pts is not None and packet.dts is not None
+            assert packet.pts is not None
+            assert packet.dts is not None
             yield bytes(packet), packet.pts, packet.dts, packet.is_keyframe

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from types import ModuleType
+from typing import NoReturn
 
 MISSING = 3
 
@@ -65,7 +66,7 @@ def mount_of(text: str) -> tuple[str, Path]:
     return Path(text).stem, Path(text)
 
 
-def gstreamer() -> tuple[Any, Any]:
+def gstreamer() -> tuple[ModuleType, ModuleType]:
     """Import GStreamer; exit with MISSING and the package's name where a part is absent."""
     try:
         import gi  # pyright: ignore[reportMissingImports]
@@ -94,7 +95,7 @@ def quit_without(package: str) -> NoReturn:
     sys.exit(MISSING)
 
 
-def media_factory(rtsp: Any, file: Path, login: bool, in_band: bool) -> Any:
+def media_factory(rtsp: ModuleType, file: Path, login: bool, in_band: bool) -> object:
     """Play the file without decoding it."""
     # The payloader repeats the sets of the file's head, which are wrong after a change of size.
     interval = 0 if in_band else 1
@@ -111,7 +112,7 @@ def media_factory(rtsp: Any, file: Path, login: bool, in_band: bool) -> Any:
     return factory
 
 
-def login_check(rtsp: Any, user: str, password: str) -> Any:
+def login_check(rtsp: ModuleType, user: str, password: str) -> object:
     """Ask for a user and a password (HTTP basic)."""
     auth = rtsp.RTSPAuth.new()
     token = rtsp.RTSPToken.new()

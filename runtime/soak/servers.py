@@ -14,7 +14,7 @@ from . import rtsp_server
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-class ServerMissing(Exception):
+class ServerMissingError(Exception):
     """The RTSP server cannot run here; the text says what to install."""
 
 
@@ -22,10 +22,10 @@ class RtspServer:
     """One process with one or more cameras."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        """files: camera -> the H.264 file (MP4) that it plays from its start to everyone who comes;
-        with its parameter sets before every key frame, as clips.write_clip writes it.
+        """Start it.
 
-        Raises ServerMissing.
+        files: camera -> the H.264 file (MP4) that it plays from its start to everyone who comes, with its parameter
+        sets before every key frame, as clips.write_clip writes it. Raises ServerMissingError.
         """
         self._files = files
         self._process: subprocess.Popen[str] | None = None
@@ -33,9 +33,11 @@ class RtspServer:
         self.start()
 
     def start(self) -> None:
-        """Serve (again), on the same port. Raises ServerMissing."""
+        """Serve (again), on the same port. Raises ServerMissingError."""
         if not shutil.which(SYSTEM_PYTHON):
-            raise ServerMissing(f"{SYSTEM_PYTHON} must be there for the RTSP server, got no such program")
+            raise ServerMissingError(
+                f"{SYSTEM_PYTHON} must be there for the RTSP server, got no such program"
+            )
         mounts = [f"{name}={path}" for name, path in self._files.items()]
         self._process = subprocess.Popen(
             [SYSTEM_PYTHON, rtsp_server.__file__, "--in-band", "--port", str(self.port), *mounts],
@@ -50,7 +52,7 @@ class RtspServer:
         word, _, rest = self._process.stdout.readline().strip().partition(" ")
         if word != "ready":
             self.kill()
-            raise ServerMissing(
+            raise ServerMissingError(
                 f"the RTSP server needs the Debian package {rest}; apt-get install {rest}"
                 if word == "missing"
                 else f"the RTSP server must start on port {self.port}, got '{word} {rest}'"

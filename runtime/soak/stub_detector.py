@@ -26,7 +26,12 @@ class StubDetector:
     def __init__(self, call_s: float = 0.005, step_s: float = 0.0, looks: bool = True) -> None:
         """What it takes: call_s a batch, and step_s for each step and image. looks: whether it finds anybody."""
         self.settings = SamplerSettings(
-            width=640, height=360, num_proposals=1, embedding_dim=EMBEDDING_DIM, box_scale=1, timesteps=TIMESTEPS
+            width=640,
+            height=360,
+            num_proposals=1,
+            embedding_dim=EMBEDDING_DIM,
+            box_scale=1,
+            timesteps=TIMESTEPS,
         )
         self.slowness = 1.0
         """How many times longer everything takes."""

@@ -37,8 +37,17 @@ class TcpProxy:
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
         self._listener: socket.socket | None = None
+        self._forwarded = 0
+        self._measured_s = time.monotonic()
         self.port = 0
         self.listen()
+
+    def usual_bytes_per_s(self) -> float:
+        """What was forwarded to clients since the last call, or since the start."""
+        now_s = time.monotonic()
+        rate = self._forwarded / max(0.1, now_s - self._measured_s)
+        self._forwarded, self._measured_s = 0, now_s
+        return rate
 
     def listen(self) -> None:
         """Take connections (again), on the same port."""
@@ -155,6 +164,7 @@ class TcpProxy:
             if rate is not None:
                 time.sleep(len(chunk) / rate)
             client.sendall(chunk)
+            self._forwarded += len(chunk)
             self.forwarded_s = time.monotonic()
 
 
