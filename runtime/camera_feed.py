@@ -215,7 +215,7 @@ class CameraFeed:
 
     def _unwanted(self, decoded: Decoded, planned_s: float) -> str | None:
         """Why a frame is not looked at; None where it is."""
-        if decoded.frame.is_corrupt:
+        if not decoded.is_whole:
             return "corrupt"
         if self._settings.sample_fps is None:
             return None

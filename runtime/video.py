@@ -26,6 +26,10 @@ MAX_BAD_READS = 100
 # Reports of the camera's clock that wait for their frame: as many as a decoder ever holds back.
 MAX_REFERENCES = 64
 
+# Damage spreads from picture to picture until the next key frame. Cameras that send none, and refresh their pictures
+# little by little, are whole again after so many frames.
+MAX_DAMAGED_FRAMES = 300
+
 # Cameras and recorders without a clock write the zero of MP4 (1904) or of Unix (1970).
 FIRST_CREDIBLE_YEAR = 1980
 
@@ -40,6 +44,8 @@ class Decoded(NamedTuple):
     arrival: Arrival
     reference_s: float | None = None
     """The camera's own clock at this frame, seconds since 1970, where it has told."""
+    is_whole: bool = True
+    """False where it, or a picture that it was predicted from, was damaged."""
 
 
 class VideoSource:
@@ -71,14 +77,17 @@ class VideoSource:
         self._live = live
         self._read_timeout_s = read_timeout_s
         self._references: dict[int, float] = {}
+        self._damaged_frames = 0
+        """Frames since the latest damage; 0 where a key frame has mended it."""
         if live:
             self._container = open_camera(url, name, open_timeout_s, read_timeout_s, transport)
         else:
             self._container = open_video(url, name)
         try:
             self._stream = _video_stream(self._container, name)
-            # Threads over whole frames are fastest but hold frames back, which a live view must not.
-            self._stream.thread_type = ThreadType.SLICE if live else ThreadType.AUTO
+            # Threads over whole frames are fastest but hold frames back, which a live view must not. Threads over
+            # slices switch FFmpeg's search for damage off, so that smeared pictures would count as whole.
+            self._stream.thread_type = ThreadType.NONE if live else ThreadType.AUTO
             self._created = None if live else _creation_time(self._container, self._stream)
             self.fps_hint = _fps(self._stream)
             self.num_frames_hint = None if live else _num_frames(self._container, self._stream, self.fps_hint)
@@ -111,7 +120,7 @@ class VideoSource:
 
     def picture(self, decoded: Decoded) -> VideoFrame:
         """Convert to upright RGB and attach the time."""
-        seq, frame, pts_s, arrival, _ = decoded
+        seq, frame, pts_s, arrival, *_ = decoded
         try:
             image = _upright_rgb(frame)
         except (av.error.FFmpegError, ValueError) as error:
@@ -139,12 +148,23 @@ class VideoSource:
         for packet in self._packets():
             for frame in self._frames_of(packet):
                 pts_s = self._seconds_since_start(frame)
+                is_whole = self._note_damage(frame)
                 seq = self.frames_decoded
                 self.frames_decoded += 1
                 if seq % self.every == 0:
                     arrival = Arrival(time.time(), time.monotonic())
                     reference_s = None if frame.pts is None else self._references.pop(frame.pts, None)
-                    yield Decoded(seq, frame, pts_s, arrival, reference_s)
+                    yield Decoded(seq, frame, pts_s, arrival, reference_s, is_whole)
+
+    def _note_damage(self, frame: av.VideoFrame) -> bool:
+        """Tell whether a frame is whole, and so are those that it was predicted from."""
+        if frame.is_corrupt:
+            self._damaged_frames = 1
+        elif frame.key_frame or self._damaged_frames > MAX_DAMAGED_FRAMES:
+            self._damaged_frames = 0
+        elif self._damaged_frames:
+            self._damaged_frames += 1
+        return not self._damaged_frames
 
     def _seconds_since_start(self, frame: av.VideoFrame) -> float | None:
         # Not frame.time: it is nan for the frames that the decoder hands out at the end.
@@ -159,6 +179,7 @@ class VideoSource:
             frames = self._stream.decode(packet)
         except av.error.FFmpegError:
             self.corrupt_packets += 1
+            self._damaged_frames = 1
             return []
         # The decoder conceals what it can; such a frame is used, and counted once.
         damaged = sum(frame.is_corrupt for frame in frames)

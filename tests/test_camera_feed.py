@@ -1,5 +1,6 @@
 """A camera of a site behind a real RTSP server: frames with their time, and every way in which they stop."""
 
+import random
 import threading
 import time
 
@@ -8,6 +9,8 @@ from conftest import walk, write_video
 from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
+from psdiff.runtime.soak.clips import is_in_place, person_in, write_clip
+from psdiff.runtime.soak.rtp_faults import FlippedBytes
 from psdiff.runtime.soak.tcp_proxy import TcpProxy
 from triton_server import free_ports
 
@@ -194,3 +197,22 @@ def test_a_camera_that_is_stopped_while_it_waits_ends_at_once(follow):
     began = time.monotonic()
     assert feed.join(2)
     assert time.monotonic() - began < 1
+
+
+def test_what_is_predicted_from_a_damaged_picture_is_not_looked_at(serve, tmp_path, follow):
+    """Of the pictures that are offered, those without the person where it can be are smeared."""
+    clip = write_clip(tmp_path / "gate.mp4", seconds=10)
+    url, _ = serve(clip, options=["--in-band"])
+    proxy = TcpProxy(port_of(url))
+    proxy.fault = flips = FlippedBytes(random.Random(0), 0.05)
+    feed, queues = follow(f"rtsp://127.0.0.1:{proxy.port}/gate")
+    wait_for(lambda: feed.status()["skipped"].get("corrupt", 0) > 5 and flips.flipped > 5, 30)
+    frames = [waiting.content for waiting in drained(queues)]
+    smeared = [
+        frame.seq
+        for frame in frames
+        if (box := person_in(frame.image)) is None or not is_in_place(box, 640, 360)
+    ]
+    assert len(smeared) <= 0.15 * len(frames), f"{smeared} of {len(frames)}"
+    assert feed.status()["corrupt_packets"] > 0
+    proxy.close()
