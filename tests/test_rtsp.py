@@ -13,6 +13,7 @@ import pytest
 from conftest import walk, write_video
 from psdiff.runtime.frames import SourceError
 from psdiff.runtime.run import run
+from psdiff.runtime.soak.clips import write_clip
 from psdiff.runtime.sources import open_source
 from psdiff.runtime.video import LiveSource
 
@@ -33,6 +34,16 @@ def test_a_camera_is_read_to_its_end(serve, camera_file):
     assert {frame.time_source for frame in frames} == {"arrival"}
     assert frames[-1].pts_s == pytest.approx(frames[-1].seq / 30, abs=0.05), "one frame off at most"
     assert frames[0].image.shape == (96, 160, 3)
+
+
+def test_a_slow_camera_is_there_soon(serve, tmp_path):
+    """FFmpeg would watch five seconds of five frames a second before it lets go of the first."""
+    clip = write_clip(tmp_path / "gate.mp4", seconds=8, fps=5, sizes=[(160, 96)])
+    url, _ = serve(clip, options=["--in-band"])
+    start = time.monotonic()
+    with open_source(f"{url}/gate", read_timeout_s=3) as source:
+        next(iter(source))
+        assert time.monotonic() - start < 3
 
 
 def test_a_slow_reader_gets_new_frames_not_old_ones(serve, camera_file):
