@@ -23,6 +23,7 @@ from .commands import doctor as doctor
 from .commands import evaluate as evaluate
 from .commands import export as export
 from .commands import serve as serve
+from .commands import soak as soak
 from .commands import synth as synth
 from .commands import teacher as teacher
 from .commands import train as train
