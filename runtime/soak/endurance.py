@@ -12,6 +12,7 @@ from typing import Any
 from .fault_list import FAULTS, Fault, write_clips
 from .network_faults import BACK_S
 from .resources import ResourceWatch
+from .service_faults import worker_ids
 from .watched_service import FaultError, WatchedService
 
 SAMPLE_EVERY_S = 3.0
@@ -101,7 +102,7 @@ def endure(
     site = WatchedService(folder / "data", write_clips(folder, cameras, seconds / 60 + 5), changes=changes)
     records = {each.number: Record(each.number, each.title, each.criterion) for each in FAULTS}
     interrupted, began_s = False, time.monotonic()
-    watch = ResourceWatch(SAMPLE_EVERY_S)
+    watch = ResourceWatch(SAMPLE_EVERY_S, lambda: worker_ids(site))
     try:
         site.wait_for_frames(site.proxies, 30)
         possible = _possible(site, records)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,18 +24,17 @@ class Sample:
     files: int
 
 
-def sample(at_s: float = 0.0) -> Sample:
-    """Of this process and all that it started, but for the RTSP server, which is no part of the service."""
+def sample(workers: Iterable[int] = (), at_s: float = 0.0) -> Sample:
+    """Of this process and of workers (process ids); what else it started, servers of films, is no part of it."""
     rss, threads, files = 0, 0, 0
-    for each in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for pid in (os.getpid(), *workers):
         try:
+            each = psutil.Process(pid)
             with each.oneshot():
-                if any("rtsp_server" in word for word in each.cmdline()):
-                    continue
                 rss += each.memory_info().rss
                 threads += each.num_threads()
                 files += each.num_fds()
-        # It ended while we looked.
+        # A worker may end while we look.
         except psutil.Error:
             continue
     return Sample(at_s, rss / MB, threads, files)
@@ -65,8 +66,10 @@ class Growth:
 class ResourceWatch:
     """A thread that takes samples."""
 
-    def __init__(self, every_s: float) -> None:
+    def __init__(self, every_s: float, workers: Callable[[], Iterable[int]] = tuple) -> None:
+        """workers: process ids at the moment."""
         self.growth = Growth()
+        self._workers = workers
         self._every_s = every_s
         self._began_s = time.monotonic()
         self._stopping = threading.Event()
@@ -80,4 +83,4 @@ class ResourceWatch:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every_s):
-            self.growth.samples.append(sample(time.monotonic() - self._began_s))
+            self.growth.samples.append(sample(self._workers(), time.monotonic() - self._began_s))

@@ -32,6 +32,11 @@ class RtspServer:
         self.port = 0
         self.start()
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process; None where it was killed."""
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         """Serve (again), on the same port. Raises ServerMissingError."""
         if not shutil.which(SYSTEM_PYTHON):

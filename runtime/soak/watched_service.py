@@ -72,12 +72,14 @@ class WatchedService:
         *,
         fps: float = 10,
         away: Collection[str] = (),
-        model: tuple[Manifest, PersonDetector, CostTable] | None = None,
+        model: tuple[Manifest, PersonDetector, CostTable | Callable[[Site], CostTable]] | None = None,
         changes: Mapping[str, Any] | None = None,
+        proxied: bool = True,
     ) -> None:
         """folder: for events. clips: camera -> what it plays. away: cameras that are not there at first.
 
-        model: a real one; by default a stub. changes: keys of the site. Raises ServerMissingError.
+        model: a real one; by default a stub. changes: keys of the site. proxied: False leads
+        cameras past their proxies, which then cost nothing. Raises ServerMissingError.
         """
         self.fps = fps
         self.folder = folder
@@ -86,6 +88,7 @@ class WatchedService:
         self.proxies = {name: TcpProxy(self.server.port) for name in clips}
         for name in away:
             self.proxies[name].refuse()
+        self._proxied = proxied
         self.backwards: Counter[str] = Counter()
         """Frames whose time was not after that of the frame before, by camera."""
         self._lock = threading.Lock()
@@ -94,6 +97,7 @@ class WatchedService:
         self._times_may_go_back = False
         self.site = Site.model_validate(self.content() | dict(changes or {}))
         manifest, detector, table = model or (stub_manifest(), self.stub, self.stub.table())
+        table = table if isinstance(table, CostTable) else table(self.site)
         self.service = Service(self.site, manifest, detector, table)
         observe_results(self.service, self._see)
         self.service.start()
@@ -112,8 +116,9 @@ class WatchedService:
         }
 
     def url(self, name: str) -> str:
-        """Where a camera is, by way of its proxy."""
-        return f"rtsp://127.0.0.1:{self.proxies[name].port}/{name}"
+        """Where a camera is."""
+        port = self.proxies[name].port if self._proxied else self.server.port
+        return f"rtsp://127.0.0.1:{port}/{name}"
 
     def camera(self, name: str) -> dict[str, Any]:
         """Its state and account."""
