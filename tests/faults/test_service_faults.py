@@ -1,0 +1,42 @@
+"""Faults 7, 12, 22, 24 and 25: the service's own surroundings."""
+
+import pytest
+from psdiff.runtime.site_file import Site
+from watched import films, survives, watch
+
+__all__ = ["films", "watch"]
+
+
+@pytest.fixture
+def watch_in_processes(watch):
+    """As watch, with cameras in processes of their own."""
+    if "ingest" not in Site.model_fields:
+        pytest.skip("ingest.isolation is not there yet")
+
+    def start(*names):
+        return watch(*names, changes={"ingest": {"isolation": "process", "workers": 2}})
+
+    return start
+
+
+def test_07_a_decoder_that_crashes_takes_its_own_cameras_only(watch_in_processes):
+    assert survives(7, watch_in_processes("gate", "hall")) < 5
+
+
+def test_12_under_overload_k_falls_and_rises_and_nobody_is_left_out(watch):
+    site = watch("gate", "hall")
+    survives(12, site)
+    assert {each.steps for each in site.seen("gate")} >= {1, 4}
+
+
+@pytest.mark.slow
+def test_22_a_service_that_is_asked_to_end_does_so_in_order(watch, shipped):
+    assert survives(22, watch("gate")) <= 10
+
+
+def test_24_cameras_that_go_and_come_leave_nothing_behind(watch):
+    survives(24, watch())
+
+
+def test_25_a_site_is_edited_while_it_runs(watch):
+    survives(25, watch())
