@@ -154,26 +154,26 @@ class FrameQueues(Generic[Content]):
     ) -> list[Waiting[Content]]:
         """Take a batch; empty where no frame waits that is still worth it.
 
-        needed_s: how long so many frames take at the least. Those that cannot be done by their deadline are dropped
-        here, before they push aside others that can. Cameras that were served less often than their min_fps come
-        first, then the earliest deadline. A camera gives no more than its share while others wait.
+        needed_s: how long so many frames take at the least. As many are taken as bring the most frames in
+        time; those that cannot be done by their deadline then are dropped here, before they push aside others that
+        can. A camera that was served less often than its min_fps is not dropped so: rather the batch is smaller, and
+        its frames come first. Then comes the earliest deadline. A camera gives no more than its share while others
+        wait.
         """
         with self._changed:
-            waiting = sum(len(queue.frames) for queue in self._queues.values())
-            done_s = now_s + needed_s(min(max(1, waiting), self._max_batch))
             for queue in self._queues.values():
                 self._drop_stale(queue, now_s)
-                self._drop_late(queue, done_s)
-            share = math.ceil(
-                self._max_batch / max(1, sum(bool(queue.frames) for queue in self._queues.values()))
-            )
+            size = self._best_size(now_s, needed_s)
+            for queue in self._queues.values():
+                self._drop_late(queue, now_s + needed_s(size))
+            share = math.ceil(size / max(1, sum(bool(queue.frames) for queue in self._queues.values())))
             candidates = [
                 (self._is_served(queue, now_s), frame.deadline_s, frame.camera, i, frame)
                 for queue in self._queues.values()
                 for i, frame in enumerate(list(queue.frames)[:share])
             ]
             # Camera and place in the queue make the order one, and keep the frames of a camera in order.
-            batch = [each[-1] for each in sorted(candidates, key=lambda each: each[:-1])[: self._max_batch]]
+            batch = [each[-1] for each in sorted(candidates, key=lambda each: each[:-1])[:size]]
             for frame in batch:
                 queue = self._queues[frame.camera]
                 queue.frames.remove(frame)
@@ -209,6 +209,25 @@ class FrameQueues(Generic[Content]):
 
     def _is_full_for_good(self, camera: str) -> bool:
         return self._queues[camera].policy.mode == "every_frame" and self._is_full(camera)
+
+    def _best_size(self, now_s: float, needed_s: Callable[[int], float]) -> int:
+        """How many frames to take: as few as bring the most frames in time."""
+        deadlines = [frame.deadline_s for queue in self._queues.values() for frame in queue.frames]
+        starving = [
+            queue.frames[-1].deadline_s
+            for queue in self._queues.values()
+            if queue.frames and not self._is_served(queue, now_s)
+        ]
+        sizes = range(1, max(1, min(len(deadlines), self._max_batch)) + 1)
+        ends_s = {size: now_s + needed_s(size) for size in sizes}
+        # Sizes that serve the most of the starving cameras, as far as anything can.
+        most = max(sum(deadline_s >= ends_s[size] for deadline_s in starving) for size in sizes)
+        fair = [s for s in sizes if sum(deadline_s >= ends_s[s] for deadline_s in starving) == most]
+
+        def in_time(size: int) -> int:
+            return min(size, sum(deadline_s >= ends_s[size] for deadline_s in deadlines))
+
+        return max(fair, key=lambda size: (in_time(size), -size))
 
     def _drop_stale(self, queue: _Queue[Content], now_s: float) -> None:
         if queue.policy.mode == "every_frame":
