@@ -35,12 +35,12 @@ def test_03_a_camera_that_never_speaks_is_given_up(watch):
     assert sum(each.get("timeout", 0) for each in reconnects) >= 1
 
 
-@pytest.mark.parametrize("seed", [GIVEN, GOES], ids=["given up", "goes on"])
+@pytest.mark.parametrize("seed", [2, 1], ids=["given up", "goes on"])
 def test_04_a_stalled_connection_is_seen_in_three_seconds(watch, seed):
     survives(4, watch(), seed)
 
 
-@pytest.mark.parametrize("seed", [1, 3], ids=["slow", "lossy"])
+@pytest.mark.parametrize("seed", [1, 2], ids=["slow", "lossy"])
 def test_05_a_bad_link_costs_frames_and_not_time(watch, seed):
     survives(5, watch(), seed)
 

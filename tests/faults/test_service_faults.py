@@ -1,26 +1,15 @@
 """Faults 7, 12, 22, 24 and 25: the service's own surroundings."""
 
 import pytest
-from psdiff.runtime.site_file import Site
 from watched import films, survives, watch
 
 __all__ = ["films", "watch"]
 
 
-@pytest.fixture
-def watch_in_processes(watch):
-    """As watch, with cameras in processes of their own."""
-    if "ingest" not in Site.model_fields:
-        pytest.skip("ingest.isolation is not there yet")
-
-    def start(*names):
-        return watch(*names, changes={"ingest": {"isolation": "process", "workers": 2}})
-
-    return start
-
-
-def test_07_a_decoder_that_crashes_takes_its_own_cameras_only(watch_in_processes):
-    assert survives(7, watch_in_processes("gate", "hall")) < 5
+def test_07_a_decoder_that_crashes_takes_its_own_cameras_only(watch):
+    site = watch("gate", "hall", isolation="process")
+    assert len(site.service.ingest_workers()) == 2
+    assert survives(7, site) < 5
 
 
 def test_12_under_overload_k_falls_and_rises_and_nobody_is_left_out(watch):

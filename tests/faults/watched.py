@@ -31,16 +31,19 @@ def films(tmp_path_factory):
 
 @pytest.fixture
 def watch(films, tmp_path, caplog):
-    """Start a service over some cameras; at its end every frame is accounted for and no time went back."""
+    """Start a service over some cameras; at its end every frame is accounted for and no time went back.
+
+    Its cameras are threads, which start soonest.
+    """
     started = []
     # What the faults make the service say is no news here.
     caplog.set_level(logging.CRITICAL, "psdiff")
 
-    def start(*names, wait=True, **options):
+    def start(*names, wait=True, isolation="thread", **options):
+        wanted = {name: films[name] for name in names or PLAIN}
+        changes = {"ingest": {"isolation": isolation, "workers": 2}}
         try:
-            site = WatchedService(
-                tmp_path / "data", {name: films[name] for name in names or PLAIN}, **options
-            )
+            site = WatchedService(tmp_path / "data", wanted, changes=changes, **options)
         except ServerMissingError as error:
             pytest.skip(str(error))
         started.append(site)
