@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -20,7 +24,9 @@ def soak(
     isolation: Annotated[
         str | None, typer.Option(metavar="thread|process", help="ingest.isolation of the site.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="The result as JSON.")] = Path("psdiff-soak.json"),
+    out: Annotated[Path, typer.Option(help="The result as JSON; the service's log stands beside it.")] = Path(
+        "psdiff-soak.json"
+    ),
     write_docs: Annotated[
         Path | None, typer.Option(metavar="FILE.md", help="Write the table as Markdown, too.")
     ] = None,
@@ -32,7 +38,6 @@ def soak(
 
     Ctrl-C ends it early and prints the table so far.
     """
-    import logging
     import tempfile
 
     from rich.console import Console
@@ -44,11 +49,12 @@ def soak(
     except ImportError as error:
         raise UsageError(f"psdiff soak must have psutil, got {error}; run pip install psdiff[soak]") from None
 
-    # Every fault is reported by the service, as it should be; here it is wanted.
-    logging.getLogger("psdiff").setLevel(logging.CRITICAL)
-    console = Console(stderr=True)
     changes = {"ingest": {"isolation": isolation}} if isolation else None
-    with tempfile.TemporaryDirectory() as folder, console.status("starting the cameras") as status:
+    with (
+        _logged(out.with_suffix(".log")) as terminal,
+        tempfile.TemporaryDirectory() as folder,
+        Console(file=terminal).status("starting the cameras") as status,
+    ):
 
         def on_fault(fault, records, elapsed_s) -> None:  # noqa: ANN001 - types of a part that is imported above
             runs, passed = (sum(getattr(each, name) for each in records) for name in ("runs", "passed"))
@@ -81,3 +87,20 @@ def soak(
         typer.echo(f"failed: {complaint}", err=True)
     if report.complaints:
         raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _logged(path: Path) -> Iterator[TextIO]:
+    """Send what the service and its workers tell on stderr to a file: every fault is reported, and here it is wanted.
+
+    Gives the terminal.
+    """
+    kept = os.dup(2)
+    with path.open("w", encoding="utf-8") as log, os.fdopen(os.dup(kept), "w", encoding="utf-8") as terminal:
+        os.dup2(log.fileno(), 2)
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        try:
+            yield terminal
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -53,6 +53,7 @@ class Report:
     interrupted: bool
     records: list[Record]
     slope_mb_per_h: float | None
+    """None for a soak that is too short to tell."""
     rss_mb: tuple[float, float]
     """First and last after the warm-up."""
     threads: tuple[int, int]
@@ -75,7 +76,7 @@ class Report:
         if not self.ended:
             found.append("the service must stop within ten seconds, got that it did not")
         slope = self.slope_mb_per_h
-        if slope is not None and slope > MOST_MB_PER_H and self.seconds >= SHORTEST_FOR_SLOPE_S:
+        if slope is not None and slope > MOST_MB_PER_H:
             found.append(f"memory must grow by less than {MOST_MB_PER_H:g} MB/h, got {slope:.1f}")
         return found
 
@@ -163,7 +164,7 @@ def _report(
         seconds=round(elapsed_s, 1),
         interrupted=interrupted,
         records=records,
-        slope_mb_per_h=watch.growth.slope_mb_per_h(warm_up_s),
+        slope_mb_per_h=watch.growth.slope_mb_per_h(warm_up_s) if elapsed_s >= SHORTEST_FOR_SLOPE_S else None,
         rss_mb=(round(late[0].rss_mb, 1), round(late[-1].rss_mb, 1)) if late else (0.0, 0.0),
         threads=(late[0].threads, late[-1].threads) if late else (0, 0),
         files=(late[0].files, late[-1].files) if late else (0, 0),

@@ -60,7 +60,7 @@ def document(report: Report, minutes: float) -> str:
     )
     tail = TAIL.format(
         rss=report.rss_mb,
-        slope="no slope from so few samples" if slope is None else f"a slope of {slope:+.2f} MB/h",
+        slope="too short for a slope" if slope is None else f"a slope of {slope:+.2f} MB/h",
         most=MOST_MB_PER_H,
         threads=report.threads,
         files=report.files,

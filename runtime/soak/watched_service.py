@@ -23,7 +23,7 @@ from .stub_detector import StubDetector, stub_manifest
 from .tcp_proxy import TcpProxy
 
 # Of each camera so many results are remembered.
-REMEMBERED = 3000
+REMEMBERED = 1500
 
 # A camera that nothing happens to gives at least this share of its frames; a busy machine costs some.
 UNDISTURBED_SHARE = 0.5
