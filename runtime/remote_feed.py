@@ -12,7 +12,7 @@ from .camera_feed import CameraFrame, FeedSettings, Offer
 from .connection import Reason, State
 from .frame_slots import FrameSlots
 from .ingest_messages import Ended, Follow, FrameInSlot, Line, NewSlots
-from .sources import without_credentials
+from .source_address import parse_address
 
 # Slots beyond the queue: those of a batch under work, of one being filled, and of results not yet written.
 SPARE_SLOTS = 4
@@ -122,7 +122,7 @@ class RemoteFeed:
     def _without_worker(self) -> dict[str, Any]:
         return {
             "camera": self.camera,
-            "source": without_credentials(self.follow.settings.url),
+            "source": parse_address(self.follow.settings.url).shown,
             "state": str(State.CONNECTING if self._lost_s is None else State.BACKOFF),
             "reason": None if self._lost_s is None else str(Reason.CRASHED),
             "offline_s": None,
@@ -133,6 +133,7 @@ class RemoteFeed:
             "corrupt_packets": 0,
             "skipped": {},
             "clock_offset_s": None,
+            "decoder": None,
         }
 
     def _read(self, line: Line, first_seq: int, connections: int) -> None:
