@@ -1,7 +1,8 @@
 """Which frames of a stream show what the camera saw, and which are smeared.
 
-A decoder marks a frame whose own data are damaged. The frames after it repeat the damage, unmarked, until a key
-frame; and a stream that is joined between two key frames begins with frames that refer to nothing.
+A decoder marks a frame in whose own data it noticed damage. The frames after it repeat the damage, unmarked, until a
+key frame; and a stream that is joined between two key frames begins with frames that refer to nothing. What the
+decoder does not notice nobody can know: arithmetic coding turns most flipped bits into other valid pictures.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 # those must not be blind for it. What was damaged has mostly been drawn anew by then.
 LONGEST_SMEAR_S = 4.0
 
+# FFmpeg's decoders of these hold back what refers to nothing. They know more than the key frame: a stream that
+# refreshes its picture strip by strip has none after the first.
+SELF_STARTING = frozenset({"h264", "hevc"})
+
 
 class DamageWatch:
     """Follows one stream."""
 
-    def __init__(self) -> None:
-        self._has_begun = False
+    def __init__(self, codec: str) -> None:
+        """codec: FFmpeg's name of it."""
+        self._has_begun = codec in SELF_STARTING
         self._since_s: float | None = None
         """Video time of the latest damage that no key frame has ended."""
         self._lost_pts: int | None = None

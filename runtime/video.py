@@ -104,7 +104,7 @@ class VideoSource:
                 None if self.is_live else _num_frames(self._container, self._stream, self.fps_hint)
             )
             self._start_pts: int | None = None
-            self._damage = DamageWatch()
+            self._damage = DamageWatch(self._stream.codec_context.codec.canonical_name)
             self._decoded = self._decode()
             self._first = next(self._decoded, None)
             if self._first is None:

@@ -264,7 +264,7 @@ def test_credentials_are_in_no_name(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://u:hunter2@h/v.mp4", "rtsp://u:hunter2@h:port/", "rtsp://u:hunter2@/x"]
+    "url", ["ftp://u:hunter2@h/v.mp4", "rtsp://u:hunter2@h:port/", "rtsp://u:hunter2@/x"]
 )
 def test_other_urls_are_refused_without_showing_them(url):
     with pytest.raises(SourceError, match="got a URL") as caught:
