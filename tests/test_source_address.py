@@ -14,7 +14,12 @@ from psdiff.runtime.source_address import parse_address, refuse_host
     [
         ("rtsp://u:p@cam:554/s1", "rtsp", "rtsp://u:p@cam:554/s1", "rtsp://cam:554/s1"),
         ("rtsps://cam/s1", "rtsp", "rtsps://cam/s1", "rtsps://cam/s1"),
-        ("http://cam/video.mjpg?user=a&pwd=b", "http", "http://cam/video.mjpg?user=a&pwd=b", "http://cam/video.mjpg"),
+        (
+            "http://cam/video.mjpg?user=a&pwd=b",
+            "http",
+            "http://cam/video.mjpg?user=a&pwd=b",
+            "http://cam/video.mjpg",
+        ),
         ("HTTPS://cam/live.m3u8", "http", "HTTPS://cam/live.m3u8", "https://cam/live.m3u8"),
         ("http://127.0.0.1:1984/go", "http", "http://127.0.0.1:1984/go", "http://127.0.0.1:1984/go"),
         ("v4l2:///dev/video0", "v4l2", "/dev/video0", "v4l2:///dev/video0"),
@@ -49,14 +54,21 @@ def test_what_a_camera_may_be(text, kind, url, shown):
     ],
 )
 def test_what_is_not_on_the_list_is_refused_and_not_shown(text):
-    with pytest.raises(SourceError, match="source must be rtsp://.* got a URL") as caught:
+    with pytest.raises(SourceError, match=r"source must be rtsp://.* got a URL") as caught:
         parse_address(text)
     assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "host",
-    ["169.254.169.254", "169.254.3.4", "[fe80::1]", "[::ffff:169.254.169.254]", "[fd00:ec2::254]", "100.100.100.200"],
+    [
+        "169.254.169.254",
+        "169.254.3.4",
+        "[fe80::1]",
+        "[::ffff:169.254.169.254]",
+        "[fd00:ec2::254]",
+        "100.100.100.200",
+    ],
 )
 @pytest.mark.parametrize("scheme", ["http", "rtsp"])
 def test_link_local_and_metadata_addresses_are_refused_with_the_reason(scheme, host):
@@ -64,7 +76,9 @@ def test_link_local_and_metadata_addresses_are_refused_with_the_reason(scheme, h
         parse_address(f"{scheme}://u:p@{host}:80/latest/meta-data")
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "10.1.2.3", "192.168.1.5", "cam.example"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "localhost", "[::1]", "10.1.2.3", "192.168.1.5", "cam.example"]
+)
 def test_loopback_and_private_addresses_are_cameras(host):
     assert parse_address(f"rtsp://{host}/s1").kind == "rtsp"
 
