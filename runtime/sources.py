@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from .connection import Reason
 from .containers import CameraError
 from .frames import IMAGE_SUFFIXES, ImageSource, Source, SourceError, image_files
+from .live_source import LiveSource
 from .source_address import location, parse_address, without_login
-from .video import LiveSource, VideoSource
+from .video import VideoSource
 
 
 def open_source(

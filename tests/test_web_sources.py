@@ -10,9 +10,10 @@ from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.containers import CameraError
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
 from psdiff.runtime.frames import SourceError
+from psdiff.runtime.live_source import LiveSource
 from psdiff.runtime.source_address import parse_address
 from psdiff.runtime.sources import open_source
-from psdiff.runtime.video import LiveSource, VideoSource
+from psdiff.runtime.video import VideoSource
 from web_server import WebServer
 
 PLAYLIST = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n{segment}\n#EXT-X-ENDLIST\n"
