@@ -81,8 +81,3 @@ def camera_name(uri: str) -> str:
         path = (address.path or Path(uri)).resolve()
         text = path.name if address.kind == "v4l2" or path.is_dir() else path.stem
     return re.sub(r"[^\w.-]+", "_", text).strip("._-") or "camera"
-
-
-def without_credentials(uri: str) -> str:
-    """Return the URI as it may be shown: without user, password, or login fields. Raises SourceError."""
-    return parse_address(uri).shown

@@ -7,10 +7,9 @@ import cv2
 import numpy as np
 import pytest
 from conftest import RED, scene, write_video
-from psdiff.runtime.camera_feed import CameraFeed
+from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.damage import LONGEST_SMEAR_S, DamageWatch
-from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
 from psdiff.runtime.run import run
 from psdiff.runtime.source_address import parse_address
 from psdiff.runtime.sources import open_source
@@ -144,13 +143,14 @@ def test_a_run_never_sees_damaged_frames_and_counts_them(damaged, detector, mani
 
 def test_a_feed_never_offers_damaged_frames_and_counts_them(damaged):
     _, path = damaged
-    queues = FrameQueues(8, 0.0)
-    queues.add("gate", QueuePolicy(depth=1000, max_staleness_s=1000), 0.0)
-    feed = CameraFeed("gate", str(path), queues, HostLimit(), latency_s=1000.0)
+    seqs = []
+    settings = FeedSettings("gate", str(path), latency_s=1.0)
+    feed = CameraFeed(settings, lambda frame, *_: seqs.append(frame.seq), HostLimit())
     feed.start()
     assert feed.join(30)
     assert feed.status()["skipped"] == {"corrupt": 15}
-    assert (feed.status()["decoded"], queues.account("gate").offered) == (60, 45)
+    assert feed.status()["decoded"] == 60
+    assert seqs == [*range(25), *range(2 * GOP, 60)]
 
 
 def test_flipped_bits_anywhere_end_nothing(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import RED, scene, walk, write_video
 from PIL import Image
-from psdiff.runtime.camera_feed import CameraFeed
+from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.capture_time import Arrival
 from psdiff.runtime.connection import Connection, HostLimit, State
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
@@ -22,9 +22,13 @@ def follow():
     def start(url, policy=None, **playback):
         queues = FrameQueues(8, 0.0)
         queues.add("file", policy or QueuePolicy(depth=1000, max_staleness_s=1000), time.monotonic())
-        feed = CameraFeed(
-            "file", str(url), queues, HostLimit(), latency_s=1000.0, playback=Playback(**playback)
-        )
+
+        def offer(frame, now_s, deadline_s):
+            taken = queues.offer("file", frame, now_s=now_s, deadline_s=deadline_s)
+            return None if taken else "removed"
+
+        settings = FeedSettings("file", str(url), latency_s=1000.0, playback=Playback(**playback))
+        feed = CameraFeed(settings, offer, HostLimit())
         feed.start()
         feeds.append((feed, queues))
         return feed, queues

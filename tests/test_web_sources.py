@@ -5,7 +5,7 @@ import time
 import av
 import pytest
 from conftest import walk, write_video
-from psdiff.runtime.camera_feed import CameraFeed
+from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.containers import CameraError
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
@@ -131,7 +131,12 @@ def follow():
     def start(url):
         queues = FrameQueues(8, 0.0)
         queues.add("web", QueuePolicy(depth=1000, max_staleness_s=1000), time.monotonic())
-        feed = CameraFeed("web", url, queues, HostLimit(), latency_s=1000.0)
+
+        def offer(frame, now_s, deadline_s):
+            taken = queues.offer("web", frame, now_s=now_s, deadline_s=deadline_s)
+            return None if taken else "removed"
+
+        feed = CameraFeed(FeedSettings("web", url, latency_s=1000.0), offer, HostLimit())
         feed.start()
         feeds.append(feed)
         return feed, queues
