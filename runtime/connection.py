@@ -143,7 +143,8 @@ class Connection:
 
     def end(self, now_s: float) -> None:
         """A recording was played to its end, and will not be opened again."""
-        self.retry_s, self.reason, self.offline_since_s = None, None, now_s
+        # It is not offline: nothing is missing.
+        self.retry_s, self.reason, self.offline_since_s = None, None, None
         self._enter(State.ENDED, now_s)
 
     def disable(self, now_s: float) -> None:

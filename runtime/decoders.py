@@ -123,7 +123,9 @@ def open_on_device(stream: VideoStream, device: str | None) -> VideoCodecContext
     Apart from the stream's own decoder, so that a device that fails does not cost the connection. Raises
     FFmpegError where the device is not there, NotImplementedError where it does not take the codec.
     """
-    accelerator = None if device is None else HWAccel(device, allow_software_fallback=False)
+    # One CUDA context for all cameras of a process: each of its own takes hundreds of megabytes of the GPU.
+    options: dict[str, object] = {"primary_ctx": "1"} if device == "cuda" else {}
+    accelerator = None if device is None else HWAccel(device, allow_software_fallback=False, options=options)
     context = av.CodecContext.create(stream.codec_context.codec.name, "r", accelerator)
     assert isinstance(context, VideoCodecContext)
     if device is not None and not context.is_hwaccel:

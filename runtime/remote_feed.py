@@ -43,7 +43,8 @@ class RemoteFeed:
         """offer: called by a thread of this process. depth: of the queue behind it."""
         self.camera = settings.camera
         self.follow = Follow(settings, is_blocking, depth + SPARE_SLOTS)
-        self._has_ended = False
+        self.has_ended = False
+        """Nothing more will come: the camera was left, or a recording is played out. New workers need not know."""
         self._offer = offer
         self._worker = worker
         self._lock = threading.Lock()
@@ -89,6 +90,8 @@ class RemoteFeed:
 
     def lose(self) -> None:
         """The worker is gone."""
+        if self.has_ended:
+            return
         for reader in list(self._readers):
             reader.join()
         with self._lock:
@@ -108,7 +111,7 @@ class RemoteFeed:
             if answer:
                 self._status = answer
             status = dict(self._status or self._without_worker())
-            if not answer and not self._has_ended:
+            if not answer and not self.has_ended:
                 # What it decoded since, and did not send, nobody can say.
                 status["decoded"] = self._received + sum(status["skipped"].values())
             if self._lost_s is not None:
@@ -148,7 +151,7 @@ class RemoteFeed:
                     os.close(fd)
                 elif isinstance(message, Ended):
                     with self._lock:
-                        self._status, self._has_ended = message.status, True
+                        self._status, self.has_ended = message.status, True
                     return
                 elif slots is not None:
                     self._take_in(message, slots, first_seq, connections)

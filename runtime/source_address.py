@@ -64,7 +64,9 @@ def parse_address(text: str, folder: Path = Path()) -> SourceAddress:
     kind = NETWORK.get(scheme[1].lower())
     if kind is not None:
         url = _split(text, scheme[1])
-        shown = f"{url.scheme}://{_host_and_port(url)}{without_login(location(url))}"
+        # Recorders tell cameras apart by the query of rtsp://; over HTTP it holds signatures of every name.
+        place = _without_login(_location(url)) if kind == "rtsp" else _without_login(url.path)
+        shown = f"{url.scheme}://{_host_and_port(url)}{place}"
         refuse_address(url.hostname or "")
         return SourceAddress(kind, text, shown, host=url.hostname)
     rest = text[scheme.end() :]
@@ -103,12 +105,12 @@ def refuse_host(host: str) -> None:
         refuse_address(str(address[0]))
 
 
-def location(url: SplitResult) -> str:
+def _location(url: SplitResult) -> str:
     """Path and query."""
     return url.path + (f"?{url.query}" if url.query else "")
 
 
-def without_login(text: str) -> str:
+def _without_login(text: str) -> str:
     """Path and query without the fields in which cameras take logins."""
     return _LOGIN_FIELD.sub("", text).rstrip("?&")
 
@@ -130,7 +132,8 @@ def _split(text: str, scheme: str) -> SplitResult:
 
 
 def _host_and_port(url: SplitResult) -> str:
-    return f"{url.hostname}:{url.port}" if url.port else f"{url.hostname}"
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else f"{url.hostname}"
+    return f"{host}:{url.port}" if url.port else host
 
 
 def _hint(scheme: str) -> str:

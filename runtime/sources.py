@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from .connection import Reason
 from .containers import CameraError
 from .frames import IMAGE_SUFFIXES, ImageSource, Source, SourceError, image_files
 from .live_source import LiveSource
-from .source_address import location, parse_address, without_login
+from .source_address import parse_address
 from .video import VideoSource
 
 
@@ -76,7 +75,7 @@ def camera_name(uri: str) -> str:
     """Name a camera by its file, folder, or host and path; letters, digits, '.', '_' and '-' only."""
     address = parse_address(uri)
     if address.host is not None:
-        text = f"{address.host}/{without_login(location(urlsplit(address.url)))}"
+        text = f"{address.host}/{address.shown.partition('://')[2].partition('/')[2]}"
     else:
         path = (address.path or Path(uri)).resolve()
         text = path.name if address.kind == "v4l2" or path.is_dir() else path.stem

@@ -10,6 +10,7 @@ from conftest import RED, scene, write_video
 from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.connection import HostLimit
 from psdiff.runtime.damage import LONGEST_SMEAR_S, DamageWatch
+from psdiff.runtime.live_source import LiveSource
 from psdiff.runtime.run import run
 from psdiff.runtime.source_address import parse_address
 from psdiff.runtime.sources import open_source
@@ -139,6 +140,15 @@ def test_a_run_never_sees_damaged_frames_and_counts_them(damaged, detector, mani
     [told] = summary.sources
     assert (told.frames_decoded, told.frames_processed, told.frames_corrupt) == (60, 45, 15)
     assert sum(engine.batches) == 45
+
+
+def test_a_reader_of_a_live_camera_is_given_no_damaged_frame(damaged):
+    _, path = damaged
+    with LiveSource(VideoSource(parse_address(str(path)), "gate")) as source:
+        seqs = [frame.seq for frame in source]
+    assert seqs
+    assert not set(seqs) & set(range(25, 2 * GOP))
+    assert (source.frames_corrupt, len(seqs) + source.frames_dropped) == (15, 45)
 
 
 def test_a_feed_never_offers_damaged_frames_and_counts_them(damaged):

@@ -201,3 +201,22 @@ def test_a_worker_serves_four_cameras_as_far_as_there_are_cores(cameras, most, m
     assert default_workers(cameras) == most
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert default_workers(100) == 2
+
+
+def test_a_recording_that_is_played_out_is_not_played_again_by_a_new_worker(serve, files, ingest, tmp_path):
+    video = write_video(tmp_path / "a.mp4", walk(10), fps=FPS)
+    url, _ = serve(files[0])
+    processes, seen, live = ingest(1), Frames(), Frames()
+    file = follow(processes, "file", str(video), seen)
+    follow(processes, "gate", f"{url}/gate", live)
+    wait_for(lambda: file.status()["state"] == "ended")
+    assert len(seen.seen) == 10
+    wait_for(lambda: file.has_ended and len(live.seen) > 5)
+    [pid] = processes.pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: live.seen[-1][1] == 2)
+    status = file.status()
+    assert (status["state"], status["decoded"], status["reconnects"]) == ("ended", 10, {})
+    assert len(seen.seen) == 10
+    file.stop()
+    assert file.join(5)

@@ -69,7 +69,7 @@ def test_a_file_is_played_at_its_own_speed_and_ends(follow, tmp_path):
     status = feed.status()
     assert (status["decoded"], status["reconnects"], status["reason"]) == (20, {}, None)
     assert status["decoder"] == "pyav-cpu"
-    assert status["offline_s"] >= 0
+    assert status["offline_s"] is None
     frames = frames_in(queues)
     assert [frame.seq for frame in frames] == list(range(20))
     # Nobody knows when it was filmed; it is treated as if it were filmed now, one frame after the other.
@@ -151,7 +151,7 @@ def test_the_end_of_a_recording_is_a_state_with_a_beginning():
     each = Connection(0.0)
     each.frame(1.0)
     each.end(5.0)
-    assert (each.state, each.offline_since_s, each.retry_s, each.reason) == (State.ENDED, 5.0, None, None)
+    assert (each.state, each.offline_since_s, each.retry_s, each.reason) == (State.ENDED, None, None, None)
     assert not each.check(100.0)
     assert each.state is State.ENDED
 

@@ -20,6 +20,8 @@ from psdiff.runtime.source_address import parse_address, refuse_host
             "http://cam/video.mjpg?user=a&pwd=b",
             "http://cam/video.mjpg",
         ),
+        ("https://cam/a.mp4?sig=c0ffee", "http", "https://cam/a.mp4?sig=c0ffee", "https://cam/a.mp4"),
+        ("rtsp://nvr/s?channel=2", "rtsp", "rtsp://nvr/s?channel=2", "rtsp://nvr/s?channel=2"),
         ("HTTPS://cam/live.m3u8", "http", "HTTPS://cam/live.m3u8", "https://cam/live.m3u8"),
         ("http://127.0.0.1:1984/go", "http", "http://127.0.0.1:1984/go", "http://127.0.0.1:1984/go"),
         ("v4l2:///dev/video0", "v4l2", "/dev/video0", "v4l2:///dev/video0"),

@@ -14,6 +14,7 @@ from psdiff.runtime.live_source import LiveSource
 from psdiff.runtime.source_address import parse_address
 from psdiff.runtime.sources import open_source
 from psdiff.runtime.video import VideoSource
+from tcp_proxy import TcpProxy
 from web_server import WebServer
 
 PLAYLIST = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\n{segment}\n#EXT-X-ENDLIST\n"
@@ -184,3 +185,15 @@ def test_a_live_playlist_is_spread_over_its_time_and_says_that_it_is_late(web, f
     # Its last frame lies 0.7 s after the first: in a burst they would all arrive at once.
     times = [frame.time.utc_s for frame in frames]
     assert times[-1] - times[0] > 0.5
+
+
+def test_a_camera_over_http_that_falls_silent_is_a_timeout(web, follow):
+    proxy = TcpProxy(web(walk(3000)).port)
+    feed, _ = follow(f"http://127.0.0.1:{proxy.port}/mjpeg")
+    wait_for(lambda: feed.status()["decoded"] >= 3)
+    proxy.stall()
+    wait_for(lambda: feed.status()["state"] in ("stalled", "backoff"))
+    wait_for(lambda: feed.status()["reason"] == "timeout")
+    proxy.flow()
+    wait_for(lambda: feed.status()["state"] == "streaming")
+    proxy.close()
