@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 import time
 
@@ -25,6 +26,9 @@ PROTOCOLS = {
 
 # Over HTTP: what cameras, recorders and web servers send. Nothing that refers to other files but HLS.
 HTTP_FORMATS = "hls,mpegts,mov,mp4,matroska,webm,flv,avi,ogg,mpjpeg,mjpeg,jpeg_pipe,h264,hevc,aac,mp3,webvtt"
+
+# Redirects can be refused from here on (FFmpeg 8.1); older ones pass over the option without a word.
+OLDEST_LIBAVFORMAT_FOR_HTTP = (62, 12)
 
 # Files that name other files, or hosts. A recording is one file.
 REFERRING_FORMATS = frozenset({"concat", "hls", "dash", "imf", "sdp", "image2", "webm_dash_manifest"})
@@ -62,6 +66,12 @@ def open_camera(
     """Connect to a camera. transport: of RTSP. Raises CameraError."""
     if address.host is not None:
         refuse_host(address.host)
+    if address.kind == "http" and av.library_versions["libavformat"] < OLDEST_LIBAVFORMAT_FOR_HTTP:
+        raise CameraError(
+            "PyAV must be built on FFmpeg 8.1 or newer for cameras over HTTP, got libavformat "
+            f"{'.'.join(map(str, av.library_versions['libavformat']))}; run pip install 'av>=18'",
+            Reason.UNSUPPORTED,
+        )
     options = _options(address)
     if address.kind == "rtsp":
         options["rtsp_transport"] = transport
@@ -118,7 +128,7 @@ def _options(address: SourceAddress) -> dict[str, str]:
 
 def told(error: av.error.FFmpegError) -> str:
     """What FFmpeg says, without the URL."""
-    if isinstance(error, av.error.ArgumentError):
+    if error.errno == errno.EINVAL:
         return "a format that is not allowed, such as one that refers to other files,"
     if isinstance(error, (av.error.ExitError, av.error.TimeoutError)):
         return NO_ANSWER
@@ -135,9 +145,8 @@ def reason_of(error: av.error.FFmpegError) -> Reason:
         return Reason.AUTH_FAILED
     if isinstance(error, av.error.HTTPNotFoundError):
         return Reason.NOT_FOUND
-    if isinstance(
-        error, (av.error.DecoderNotFoundError, av.error.ProtocolNotFoundError, av.error.ArgumentError)
-    ):
+    unknown = isinstance(error, (av.error.DecoderNotFoundError, av.error.ProtocolNotFoundError))
+    if unknown or error.errno == errno.EINVAL:
         return Reason.UNSUPPORTED
     return Reason.LOST
 
