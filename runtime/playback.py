@@ -136,26 +136,29 @@ def frames_of(
     source: CameraSource, playback: Playback, kind: str, wait: Callable[[float], object]
 ) -> Iterator[Decoded]:
     """Give the frames when they are due. kind: of the address. wait: sleeps for so many seconds at most."""
-    flat_out = kind == "path" and playback.pace == "flat_out"
-    if flat_out or (source.is_live and not source.comes_in_segments):
+    if source.is_live and not source.comes_in_segments:
         return source.decoded()
-    return paced(source.decoded(), source.fps_hint or USUAL_FPS, wait)
+    frames = with_pts(source.decoded(), source.fps_hint or USUAL_FPS)
+    return frames if kind == "path" and playback.pace == "flat_out" else paced(frames, wait)
+
+
+def with_pts(frames: Iterator[Decoded], fps: float) -> Iterator[Decoded]:
+    """Number frames without PTS by fps: of a recording the clock of the machine says nothing."""
+    for decoded in frames:
+        yield decoded._replace(pts_s=decoded.seq / fps) if decoded.pts_s is None else decoded
 
 
 def paced(
-    frames: Iterator[Decoded],
-    fps: float,
-    wait: Callable[[float], object],
-    now: Callable[[], float] = time.monotonic,
+    frames: Iterator[Decoded], wait: Callable[[float], object], now: Callable[[], float] = time.monotonic
 ) -> Iterator[Decoded]:
     """Give each frame when its PTS says, counted from the first; it arrives when it is given.
 
-    fps: of frames without PTS. Who is late is not hurried: the rest of the video is late by as much.
+    Who is late is not hurried: the rest of the video is late by as much.
     """
     start_s: float | None = None
     last_s = 0.0
     for decoded in frames:
-        video_s = decoded.seq / fps if decoded.pts_s is None else decoded.pts_s
+        video_s = decoded.pts_s or 0.0
         is_cut = not 0 <= video_s - last_s <= LONGEST_PAUSE_S
         if start_s is None or is_cut or now() - start_s - video_s > LATEST_S:
             start_s = now() - video_s

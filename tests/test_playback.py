@@ -11,7 +11,7 @@ from psdiff.runtime.camera_feed import CameraFeed, FeedSettings
 from psdiff.runtime.capture_time import Arrival
 from psdiff.runtime.connection import Connection, HostLimit, State
 from psdiff.runtime.frame_queues import FrameQueues, QueuePolicy
-from psdiff.runtime.playback import LATEST_S, LONGEST_PAUSE_S, Playback, paced
+from psdiff.runtime.playback import LATEST_S, LONGEST_PAUSE_S, Playback, paced, with_pts
 from psdiff.runtime.video import Decoded
 
 
@@ -19,7 +19,7 @@ from psdiff.runtime.video import Decoded
 def follow():
     feeds = []
 
-    def start(url, policy=None, **playback):
+    def start(url, policy=None, sample_fps=None, **playback):
         queues = FrameQueues(8, 0.0)
         queues.add("file", policy or QueuePolicy(depth=1000, max_staleness_s=1000), time.monotonic())
 
@@ -27,7 +27,7 @@ def follow():
             taken = queues.offer("file", frame, now_s=now_s, deadline_s=deadline_s)
             return None if taken else "removed"
 
-        settings = FeedSettings("file", str(url), latency_s=1000.0, playback=Playback(**playback))
+        settings = FeedSettings("file", str(url), 1000.0, sample_fps, playback=Playback(**playback))
         feed = CameraFeed(settings, offer, HostLimit())
         feed.start()
         feeds.append((feed, queues))
@@ -107,11 +107,21 @@ def test_the_file_tells_when_it_was_made(follow, tmp_path):
     assert last.time.utc_s == pytest.approx(1772359200.4)
 
 
+def test_a_file_without_timestamps_is_sampled_by_the_number_of_its_frames(follow, tmp_path):
+    """Flat out, the clock says nothing about the video."""
+    feed, queues = follow(write_video(tmp_path / "a.264", walk(100)), pace="flat_out", sample_fps=5.0)
+    wait_for(has_ended(feed))
+    # FFmpeg takes such a stream for one of 25 frames a second: each fifth, or its neighbour by rounding.
+    seqs = [frame.seq for frame in frames_in(queues)]
+    assert len(seqs) == 20
+    assert all(abs(seq - 5 * i) <= 1 for i, seq in enumerate(seqs))
+
+
 def test_a_loop_begins_again_without_a_wait_and_time_goes_on(follow, tmp_path):
     made = {"creation_time": "2026-03-01T10:00:00.000000Z"}
     video = write_video(tmp_path / "a.mp4", walk(5), metadata=made)
     feed, queues = follow(video, loop=True, pace="flat_out")
-    wait_for(lambda: feed.status()["decoded"] >= 17)
+    wait_for(lambda: feed.status()["decoded"] > 17)
     assert feed.status()["reconnects"] == {}
     frames = frames_in(queues)[:17]
     assert [frame.connection for frame in frames] == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 2
@@ -183,9 +193,9 @@ def frames_at(*pts, clock=None, work_s=0.0):
         yield Decoded(seq, av.VideoFrame(2, 2, "gray"), pts_s, Arrival(0, 0))
 
 
-def waits(*pts, work_s=0.0, fps=10.0):
+def waits(*pts, work_s=0.0):
     clock = Clock()
-    given = list(paced(frames_at(*pts, clock=clock, work_s=work_s), fps, clock.wait, clock))
+    given = list(paced(frames_at(*pts, clock=clock, work_s=work_s), clock.wait, clock))
     assert len(given) == len(pts)
     assert all(each.arrival.utc_s > 0 for each in given)
     return clock.waits
@@ -199,8 +209,9 @@ def test_decoding_takes_from_the_wait_and_not_from_the_pace():
     assert waits(0, 0.1, 0.2, work_s=0.04) == [0.06, 0.06]
 
 
-def test_frames_without_pts_come_at_the_rate_of_the_video():
-    assert waits(None, None, None, fps=4.0) == [0.25, 0.25]
+def test_frames_without_pts_are_numbered_by_the_rate_of_the_video():
+    numbered = list(with_pts(frames_at(None, None, 7.0), 4.0))
+    assert [each.pts_s for each in numbered] == [0, 0.25, 7.0]
 
 
 def test_a_jump_in_the_pts_is_not_waited_for():
@@ -217,5 +228,5 @@ def test_who_is_late_is_not_hurried():
         yield from slow
         yield from (each._replace(pts_s=0.3 + each.seq / 10) for each in frames_at(0, 0, 0))
 
-    list(paced(then_fast(), 10.0, clock.wait, clock))
+    list(paced(then_fast(), clock.wait, clock))
     assert clock.waits == [0.1, 0.1, 0.1]
