@@ -59,7 +59,9 @@ def examine() -> list[Finding]:
         ("CUDA driver from Python", lambda: _version("cuda-bindings")),
         ("TensorRT", lambda: _version("tensorrt")),
     ]
-    return [_examined(part, look) for part, look in parts]
+    findings = [_examined(part, look) for part, look in parts]
+    after = 1 + next(i for i, finding in enumerate(findings) if finding.part == "video decoding")
+    return [*findings[:after], *_decoders(findings[after - 1]), *findings[after:]]
 
 
 class _AbsentError(Exception):
@@ -83,6 +85,18 @@ def _machine() -> str:
 def _decoding() -> str:
     libraries = import_module("av").library_versions
     return f"PyAV {version('av')}, libavcodec {'.'.join(map(str, libraries['libavcodec']))}"
+
+
+def _decoders(library: Finding) -> list[Finding]:
+    """Every decoder of live cameras, best first, and why it is or is not usable here."""
+    if library.state != "ok":
+        return []
+    from ..runtime.decoders import probe_decoders
+
+    return [
+        Finding(f"decoder {found.name}", "ok" if found.is_usable else "absent", found.reason)
+        for found in probe_decoders()
+    ]
 
 
 def _shipped_model() -> str:

@@ -10,16 +10,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from .capture_time import CaptureClock, CaptureTime, Trust
 from .connection import Connection, HostLimit, Reason
 from .containers import CameraError
 from .frames import Picture, SourceError
-from .sources import without_credentials
-from .video import Decoded, VideoSource
+from .playback import CameraSource, Playback, frames_of, open_playback
+from .source_address import parse_address
+from .video import Decoded
 
 # A camera must describe its stream and send a whole picture in this time.
 OPEN_TIMEOUT_S = 10.0
@@ -27,6 +27,9 @@ OPEN_TIMEOUT_S = 10.0
 # A connection on which nothing comes for so long is given up. Longer than a stall, so that this can be seen, and
 # than the five seconds between two frames of the slowest cameras.
 READ_TIMEOUT_S = 5.5
+
+# How far behind the camera a playlist plays: three segments, as they are in use.
+SEGMENTS_LATE_S = 30.0
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +60,13 @@ class FeedSettings:
 
     camera: str
     url: str = field(repr=False)
-    """With its secrets."""
+    """As in a site, with its secrets."""
     latency_s: float
     """Promised from capture to people; it sets the deadlines. Where the camera does not tell when a frame was
     captured, the promise counts from its arrival."""
     sample_fps: float | None = None
     """Frames a second that are offered; None for all."""
-    transport: str = "tcp"
+    playback: Playback = field(default_factory=Playback)
     trust_clock: Trust = "auto"
 
 
@@ -103,10 +106,15 @@ class CameraFeed:
     """Follows a camera until it is stopped."""
 
     def __init__(self, settings: FeedSettings, offer: Offer, limit: HostLimit) -> None:
-        """offer: called by the feed's thread, with each frame that is wanted. limit: shared by cameras."""
+        """offer: called by the feed's thread, with each frame that is wanted. limit: shared by cameras.
+
+        Raises SourceError for a URL that is none.
+        """
         self.camera = settings.camera
         self._settings = settings
-        self._name = without_credentials(settings.url)
+        self._address = parse_address(settings.url)
+        self._name = self._address.shown
+        self._decoder: str | None = None
         self._offer_frame = offer
         self._limit = limit
         self._clock = CaptureClock(settings.trust_clock)
@@ -152,6 +160,7 @@ class CameraFeed:
                 "corrupt_packets": self._counters.corrupt_packets,
                 "skipped": dict(self._counters.skipped),
                 "clock_offset_s": self._clock.camera_offset_s,
+                "decoder": self._decoder,
             }
 
     def _follow(self) -> None:
@@ -159,7 +168,12 @@ class CameraFeed:
             with self._lock:
                 self._connection.connect(time.monotonic())
             try:
-                self._stream()
+                if self._stream():
+                    if self._settings.playback.loop:
+                        continue
+                    with self._lock:
+                        self._connection.end(time.monotonic())
+                    return
                 reason, message = Reason.ENDED, "the camera ended its stream"
             except CameraError as error:
                 reason, message = error.reason, str(error)
@@ -178,44 +192,48 @@ class CameraFeed:
         with self._lock:
             self._connection.disable(time.monotonic())
 
-    def _stream(self) -> None:
-        """One connection, to its end."""
-        with self._limit.connecting(urlsplit(self._settings.url).hostname or ""):
+    def _stream(self) -> bool:
+        """One connection, to its end. Whether that was the end of a recording."""
+        playback = self._settings.playback
+        with self._limit.connecting(self._address.host or ""):
             if self._stopping.is_set():
-                return
-            video = VideoSource(
-                self._settings.url,
-                self.camera,
-                name=self._name,
-                live=True,
-                open_timeout_s=OPEN_TIMEOUT_S,
-                read_timeout_s=READ_TIMEOUT_S,
-                transport=self._settings.transport,
-            )
+                return False
+            source = open_playback(self._address, self.camera, playback, OPEN_TIMEOUT_S, READ_TIMEOUT_S)
         self._connections += 1
         corrupt_before = self._counters.corrupt_packets
         planned_s = 0.0
-        with video:
-            for decoded in video.decoded():
+        with source:
+            for decoded in frames_of(source, playback, self._address.kind, self._stopping.wait):
                 if self._stopping.is_set():
-                    return
+                    return False
                 now_s = time.monotonic()
                 with self._lock:
                     self._connection.frame(now_s)
                     self._counters.decoded += 1
-                    self._counters.corrupt_packets = corrupt_before + video.corrupt_packets
+                    self._counters.corrupt_packets = corrupt_before + source.corrupt_packets
+                    self._decoder = source.decoder
                     seq = self._counters.decoded - 1
-                    captured = self._clock.time_of(decoded.pts_s, decoded.arrival, decoded.reference_s)
+                    captured = self._captured(source, decoded)
                     unwanted = self._unwanted(decoded, planned_s)
                     if unwanted is not None:
                         self._counters.skipped[unwanted] += 1
                         continue
                 planned_s = self._next_wanted_s(decoded, planned_s)
-                self._offer(video, decoded, captured, seq, now_s)
+                self._offer(source, decoded, captured, seq, now_s)
+        return not source.is_live
+
+    def _captured(self, source: CameraSource, decoded: Decoded) -> CaptureTime:
+        """When a frame was captured."""
+        if source.created is not None and decoded.pts_s is not None and not self._settings.playback.loop:
+            return self._clock.recorded(source.created.timestamp() + decoded.pts_s)
+        captured = self._clock.time_of(decoded.pts_s, decoded.arrival, decoded.reference_s)
+        if not source.comes_in_segments:
+            return captured
+        return replace(captured, uncertainty_s=captured.uncertainty_s + SEGMENTS_LATE_S)
 
     def _unwanted(self, decoded: Decoded, planned_s: float) -> str | None:
         """Why a frame is not looked at; None where it is."""
-        if not decoded.is_whole:
+        if decoded.is_damaged:
             return "corrupt"
         if self._settings.sample_fps is None:
             return None
@@ -235,9 +253,9 @@ class CameraFeed:
         return planned_s + interval_s if 0 <= now_s - planned_s < interval_s else now_s + interval_s
 
     def _offer(
-        self, video: VideoSource, decoded: Decoded, captured: CaptureTime, seq: int, now_s: float
+        self, source: CameraSource, decoded: Decoded, captured: CaptureTime, seq: int, now_s: float
     ) -> None:
-        image = video.picture(decoded).image
+        image = source.picture(decoded).image
         # From the capture where it is known. A way that is only assumed must not use up the promise.
         known = captured.source == "rtcp_sr"
         age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s) if known else 0.0

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-CaptureSource = Literal["rtcp_sr", "arrival"]
+CaptureSource = Literal["rtcp_sr", "arrival", "file"]
 Trust = Literal["auto", "always", "never"]
 
 # A camera clock further from ours than this is wrong, unless the user says that ours is.
@@ -37,6 +37,9 @@ UNKNOWN_DELAY_S = 0.5
 
 # How far apart sender reports and frames of one camera lie, as measured with FFmpeg's and GStreamer's senders.
 REFERENCE_UNCERTAINTY_S = 0.02
+
+# Files tell when they were begun in whole seconds.
+FILE_UNCERTAINTY_S = 1.0
 
 # Time never stands still between two frames of a camera.
 SMALLEST_STEP_S = 1e-6
@@ -94,6 +97,10 @@ class CaptureClock:
                 self._learn(reference_s - pts_s, reference_s - arrival.utc_s)
             found = self._on_timeline(pts_s)
         return self._forward(found)
+
+    def recorded(self, utc_s: float) -> CaptureTime:
+        """The capture time of the next frame of a recording that tells when it was made: utc_s, since 1970."""
+        return self._forward(CaptureTime(utc_s, "file", FILE_UNCERTAINTY_S))
 
     def _start_timeline(self) -> None:
         self._anchor_s: float | None = None

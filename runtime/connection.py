@@ -24,6 +24,8 @@ class State(StrEnum):
     STREAMING = "streaming"
     STALLED = "stalled"
     BACKOFF = "backoff"
+    ENDED = "ended"
+    """A recording is played out."""
 
 
 class Reason(StrEnum):
@@ -139,6 +141,12 @@ class Connection:
         self.retry_s = now_s + wait_s
         self._enter(State.BACKOFF, now_s)
         return self.retry_s
+
+    def end(self, now_s: float) -> None:
+        """A recording was played to its end, and will not be opened again."""
+        # It is not offline: nothing is missing.
+        self.retry_s, self.reason, self.offline_since_s = None, None, None
+        self._enter(State.ENDED, now_s)
 
     def disable(self, now_s: float) -> None:
         """The user switched the camera off."""

@@ -199,6 +199,8 @@ class SourceSummary(BaseModel):
     frames_decoded: int = 0
     frames_processed: int = 0
     frames_dropped: int = 0
+    frames_corrupt: int = 0
+    """Decoded, but damaged: nobody was looked for in them."""
     corrupt_packets: int = 0
     detections: int = 0
     matches: int = 0

@@ -70,6 +70,11 @@ class Source(Protocol):
     """Frames of a live camera that were too old when the reader came for them."""
 
     @property
+    def frames_corrupt(self) -> int:
+        """Frames so far that were decoded but are damaged, and so were not given out; runtime.damage."""
+        ...
+
+    @property
     def frames_decoded(self) -> int:
         """Frames so far, skipped and dropped ones included."""
         ...
@@ -108,6 +113,7 @@ class ImageSource:
         self.every = every
         self.frames_decoded = 0
         self.frames_dropped = 0
+        self.frames_corrupt = 0
         self.corrupt_packets = 0
         self._frames = self._read(paths)
         self._first = next(self._frames, None)

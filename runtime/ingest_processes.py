@@ -116,6 +116,8 @@ class IngestWorker:
         self._control, self._has_answered = control, False
 
     def _begin(self, feed: RemoteFeed) -> None:
+        if feed.has_ended:
+            return
         line, theirs = pair()
         with theirs:
             try:

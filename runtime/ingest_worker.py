@@ -19,7 +19,7 @@ from .connection import HostLimit
 from .frame_slots import FrameSlots
 from .ingest_messages import Ended, Follow, FrameInSlot, Leave, Line, NewSlots, Report
 
-# How often feeds that were told to stop are looked at.
+# How often feeds that may have ended are looked at.
 TICK_S = 0.1
 
 # How often a frame that must not be dropped looks for a free slot.
@@ -101,6 +101,11 @@ class Worker:
         return {} if feed is None else feed.status()
 
     def _say_who_ended(self) -> None:
+        for camera, (feed, _, line) in list(self._feeds.items()):
+            # A recording that is played out; cameras are followed until they are left.
+            if feed.join(0):
+                del self._feeds[camera]
+                self._leaving.append((feed, line))
         for feed, line in [each for each in self._leaving if each[0].join(0)]:
             self._leaving.remove((feed, line))
             with suppress(OSError):  # the service may not have waited

@@ -12,7 +12,7 @@ from .camera_feed import CameraFrame, FeedSettings, Offer
 from .connection import Reason, State
 from .frame_slots import FrameSlots
 from .ingest_messages import Ended, Follow, FrameInSlot, Line, NewSlots
-from .sources import without_credentials
+from .source_address import parse_address
 
 # Slots beyond the queue: those of a batch under work, of one being filled, and of results not yet written.
 SPARE_SLOTS = 4
@@ -43,7 +43,8 @@ class RemoteFeed:
         """offer: called by a thread of this process. depth: of the queue behind it."""
         self.camera = settings.camera
         self.follow = Follow(settings, is_blocking, depth + SPARE_SLOTS)
-        self._has_ended = False
+        self.has_ended = False
+        """Nothing more will come: the camera was left, or a recording is played out. New workers need not know."""
         self._offer = offer
         self._worker = worker
         self._lock = threading.Lock()
@@ -89,6 +90,8 @@ class RemoteFeed:
 
     def lose(self) -> None:
         """The worker is gone."""
+        if self.has_ended:
+            return
         for reader in list(self._readers):
             reader.join()
         with self._lock:
@@ -108,7 +111,7 @@ class RemoteFeed:
             if answer:
                 self._status = answer
             status = dict(self._status or self._without_worker())
-            if not answer and not self._has_ended:
+            if not answer and not self.has_ended:
                 # What it decoded since, and did not send, nobody can say.
                 status["decoded"] = self._received + sum(status["skipped"].values())
             if self._lost_s is not None:
@@ -122,7 +125,7 @@ class RemoteFeed:
     def _without_worker(self) -> dict[str, Any]:
         return {
             "camera": self.camera,
-            "source": without_credentials(self.follow.settings.url),
+            "source": parse_address(self.follow.settings.url).shown,
             "state": str(State.CONNECTING if self._lost_s is None else State.BACKOFF),
             "reason": None if self._lost_s is None else str(Reason.CRASHED),
             "offline_s": None,
@@ -133,6 +136,7 @@ class RemoteFeed:
             "corrupt_packets": 0,
             "skipped": {},
             "clock_offset_s": None,
+            "decoder": None,
         }
 
     def _read(self, line: Line, first_seq: int, connections: int) -> None:
@@ -147,7 +151,7 @@ class RemoteFeed:
                     os.close(fd)
                 elif isinstance(message, Ended):
                     with self._lock:
-                        self._status, self._has_ended = message.status, True
+                        self._status, self.has_ended = message.status, True
                     return
                 elif slots is not None:
                     self._take_in(message, slots, first_seq, connections)

@@ -254,6 +254,7 @@ class Pipeline:
         summary, source = feed.summary, feed.source
         summary.frames_decoded = source.frames_decoded
         summary.frames_dropped = source.frames_dropped
+        summary.frames_corrupt = source.frames_corrupt
         summary.corrupt_packets = source.corrupt_packets
         summary.seconds = round(time.perf_counter() - self._started, 3)
         summary.fps = round(summary.frames_processed / max(summary.seconds, 1e-3), 2)

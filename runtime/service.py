@@ -148,7 +148,7 @@ class Service:
                 resolved_url(camera),
                 latency_s=self.site.promise.latency_ms / 1000,
                 sample_fps=settings.sample_fps,
-                transport=settings.transport,
+                playback=self.site.playback(camera),
                 trust_clock=settings.trust_clock,
             ),
             self._take_in,

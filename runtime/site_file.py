@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .backends import BACKENDS, DEFAULT_SERVER, TRITON
 from .capture_time import Trust
+from .decoders import DecoderChoice
 from .elastic_steps import StepRange
 from .frame_queues import QueueMode, QueuePolicy
 from .frames import SourceError
-from .sources import without_credentials
+from .playback import Pace, Playback
+from .source_address import parse_address
 
 # In a camera's URL: ${NAME} is an environment variable, ${file:/run/secrets/gate} the text of a file.
 SECRET = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>\w+))\}")
@@ -99,6 +101,14 @@ class CameraDefaults(_Strict):
     """Frames a second that are looked at; null for all."""
     transport: Literal["tcp", "udp"] = "tcp"
     """Of RTSP."""
+    decoder: DecoderChoice = "auto"
+    """Of live cameras; auto is the first that psdiff doctor calls ok. Where it fails the CPU decodes."""
+    pace: Pace = "real_time"
+    """Of files and folders. flat_out: as fast as frames are computed, none dropped, whatever queue says."""
+    loop: bool = False
+    """Whether files and folders start again at their end."""
+    image_fps: float = Field(default=5, gt=0)
+    """Of a folder of images."""
     trust_clock: Trust = "auto"
     """Whether the camera's own clock is believed; auto: within two seconds of ours."""
     warm_start: bool = False
@@ -110,23 +120,29 @@ class Camera(_Strict):
 
     id: str = Field(pattern=NAME)
     url: str = Field(min_length=1)
-    """rtsp:// or rtsps://. Secrets as ${NAME} or ${file:PATH}."""
+    """rtsp(s)://, http(s)://, v4l2:///dev/video0, or a file or a folder of images; a relative path begins at the
+    file of the site. Secrets as ${NAME} or ${file:PATH}."""
     enabled: bool = True
     queue: QueueMode | None = None
     depth: int | None = Field(default=None, ge=1)
     max_staleness_ms: float | None = Field(default=None, gt=0)
     sample_fps: float | None = Field(default=None, gt=0)
     transport: Literal["tcp", "udp"] | None = None
+    decoder: DecoderChoice | None = None
+    pace: Pace | None = None
+    loop: bool | None = None
+    image_fps: float | None = Field(default=None, gt=0)
     trust_clock: Trust | None = None
     warm_start: bool | None = None
 
     @field_validator("url")
     @classmethod
-    def _rtsp(cls, value: str) -> str:
-        if not re.match(r"rtsps?://.", value):
-            raise ValueError(
-                "must begin with rtsp:// or rtsps://, got something else; psdiff run takes files"
-            )
+    def _allowed(cls, value: str) -> str:
+        try:
+            # A place-holder may stand for a port.
+            parse_address(SECRET.sub("1", value))
+        except SourceError as error:
+            raise ValueError(str(error).removeprefix("source ")) from None
         return value
 
 
@@ -195,11 +211,23 @@ class Site(_Strict):
         }
         return self.defaults.model_copy(update=own)
 
+    def playback(self, camera: Camera) -> Playback:
+        """How a camera is played."""
+        settings = self.settings(camera)
+        return Playback(
+            pace=settings.pace,
+            loop=settings.loop,
+            image_fps=settings.image_fps,
+            decoder=settings.decoder,
+            transport=settings.transport,
+        )
+
     def queue_policy(self, camera: Camera) -> QueuePolicy:
         """How the frames of a camera wait."""
         settings = self.settings(camera)
+        is_flat_out = settings.pace == "flat_out" and _is_path(camera)
         return QueuePolicy(
-            mode=settings.queue,
+            mode="every_frame" if is_flat_out else settings.queue,
             depth=settings.depth,
             max_staleness_s=settings.max_staleness_ms / 1000,
             min_fps=self.promise.min_fps,
@@ -222,9 +250,11 @@ def load_site(path: Path) -> Site:
         if SECRET.search(value) and not re.fullmatch(r"cameras\[\d+\]\.url", where):
             raise SiteError(f"{path}: {where}: secrets must stand in the url of a camera, got one here")
     try:
-        return Site.model_validate(content)
+        site = Site.model_validate(content)
     except ValidationError as error:
         raise SiteError(f"{path}: {_told(error)}") from None
+    folder = path.absolute().parent
+    return site.model_copy(update={"cameras": tuple(_beside(camera, folder) for camera in site.cameras)})
 
 
 def resolved_url(camera: Camera, environment: Mapping[str, str] = os.environ) -> str:
@@ -242,7 +272,12 @@ def resolved_url(camera: Camera, environment: Mapping[str, str] = os.environ) ->
         except (OSError, UnicodeDecodeError) as error:
             raise SiteError(f"secret of camera {camera.id} must be a text file, got {error}") from None
 
-    return SECRET.sub(secret, camera.url)
+    url = SECRET.sub(secret, camera.url)
+    try:
+        parse_address(url)
+    except SourceError as error:
+        raise SiteError(f"url of camera {camera.id} {str(error).removeprefix('source ')}") from None
+    return url
 
 
 def shown(site: Site) -> dict[str, Any]:
@@ -251,10 +286,21 @@ def shown(site: Site) -> dict[str, Any]:
     for camera in content["cameras"]:
         try:
             # A place-holder is no secret, but a URL with one cannot be parsed.
-            camera["url"] = without_credentials(SECRET.sub("x", camera["url"]))
+            camera["url"] = parse_address(SECRET.sub("1", camera["url"])).shown
         except SourceError:
             camera["url"] = f"{camera['url'].partition('://')[0]}://..."
     return content
+
+
+def _is_path(camera: Camera) -> bool:
+    return parse_address(SECRET.sub("1", camera.url)).kind == "path"
+
+
+def _beside(camera: Camera, folder: Path) -> Camera:
+    """The camera; a relative path begins at the folder of the site's file."""
+    if "://" in camera.url:
+        return camera
+    return camera.model_copy(update={"url": str(folder / camera.url)})
 
 
 def _texts(content: object, where: str = ""):  # noqa: ANN202 - a generator of (place, text)

@@ -1,8 +1,7 @@
-"""Frames from video files and RTSP cameras, through PyAV (FFmpeg); no other module decodes video."""
+"""Frames from video files and cameras, through PyAV (FFmpeg)."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -17,8 +16,22 @@ from av.video.stream import VideoStream
 
 from .capture_time import Arrival
 from .connection import Reason
-from .containers import NO_ANSWER, CameraError, open_camera, open_video, reason_of, reference_time, told
+from .containers import (
+    NO_ANSWER,
+    CameraError,
+    comes_in_segments,
+    has_timestamps,
+    is_live,
+    open_camera,
+    open_recording,
+    reason_of,
+    reference_time,
+    told,
+)
+from .damage import DamageWatch
+from .decoders import DecoderChoice, StreamDecoder
 from .frames import Picture, SourceError, VideoFrame
+from .source_address import SourceAddress
 
 # A demuxer that reports bad data this many times in a row has lost its place in the file.
 MAX_BAD_READS = 100
@@ -26,12 +39,11 @@ MAX_BAD_READS = 100
 # Reports of the camera's clock that wait for their frame: as many as a decoder ever holds back.
 MAX_REFERENCES = 64
 
-# Damage spreads from picture to picture until the next key frame. Cameras that send none, and refresh their pictures
-# little by little, are whole again after so many frames.
-MAX_DAMAGED_FRAMES = 300
-
 # Cameras and recorders without a clock write the zero of MP4 (1904) or of Unix (1970).
 FIRST_CREDIBLE_YEAR = 1980
+
+# Of a video that does not tell.
+USUAL_FPS = 25.0
 
 
 class Decoded(NamedTuple):
@@ -44,8 +56,8 @@ class Decoded(NamedTuple):
     arrival: Arrival
     reference_s: float | None = None
     """The camera's own clock at this frame, seconds since 1970, where it has told."""
-    is_whole: bool = True
-    """False where it, or a picture that it was predicted from, was damaged."""
+    is_damaged: bool = False
+    """Whether it shows something else than the camera saw; runtime.damage. Nobody may look for people in it."""
 
 
 class VideoSource:
@@ -53,66 +65,77 @@ class VideoSource:
 
     def __init__(
         self,
-        url: str,
+        address: SourceAddress,
         camera: str,
         *,
-        name: str,
-        live: bool = False,
         every: int = 1,
         open_timeout_s: float = 10.0,
         read_timeout_s: float = 5.0,
         transport: str = "tcp",
+        decoder: DecoderChoice = "cpu",
     ) -> None:
         """Open and decode the first frame.
 
-        url: what FFmpeg opens. name: what errors call it; without credentials. live: an RTSP camera.
-        transport: of RTSP, tcp or udp. Raises SourceError, of a camera CameraError.
+        transport: of RTSP, tcp or udp. decoder: of live cameras; files are decoded on the CPU, which turns the
+        pictures of phones upright. Raises SourceError, of a camera CameraError.
         """
         self.camera = camera
         self.every = every
         self.frames_decoded = 0
         self.frames_dropped = 0
+        self.frames_corrupt = 0
         self.corrupt_packets = 0
-        self._name = name
-        self._live = live
         self._read_timeout_s = read_timeout_s
+        self._name = address.shown
         self._references: dict[int, float] = {}
-        self._damaged_frames = 0
-        """Frames since the latest damage; 0 where a key frame has mended it."""
-        if live:
-            self._container = open_camera(url, name, open_timeout_s, read_timeout_s, transport)
+        if address.kind == "path":
+            self._container = open_recording(address)
         else:
-            self._container = open_video(url, name)
+            self._container = open_camera(address, open_timeout_s, read_timeout_s, transport)
         try:
-            self._stream = _video_stream(self._container, name)
+            self.is_live = is_live(address, self._container)
+            self.comes_in_segments = comes_in_segments(self._container)
+            self._has_timestamps = has_timestamps(self._container)
+            self._stream = _video_stream(self._container, self._name)
             # Threads over whole frames are fastest but hold frames back, which a live view must not. Threads over
             # slices switch FFmpeg's search for damage off, so that smeared pictures would count as whole.
-            self._stream.thread_type = ThreadType.NONE if live else ThreadType.AUTO
-            self._created = None if live else _creation_time(self._container, self._stream)
+            self._stream.thread_type = ThreadType.NONE if self.is_live else ThreadType.AUTO
+            self._decoder = StreamDecoder(self._stream, decoder if self.is_live else "cpu")
+            self.created = None if self.is_live else _creation_time(self._container, self._stream)
             self.fps_hint = _fps(self._stream)
-            self.num_frames_hint = None if live else _num_frames(self._container, self._stream, self.fps_hint)
+            self.num_frames_hint = (
+                None if self.is_live else _num_frames(self._container, self._stream, self.fps_hint)
+            )
             self._start_pts: int | None = None
+            self._damage = DamageWatch(self._stream.codec_context.codec.canonical_name)
             self._decoded = self._decode()
             self._first = next(self._decoded, None)
             if self._first is None:
                 found = (
                     f"{self.corrupt_packets} corrupt packets" if self.corrupt_packets else "an empty video"
                 )
-                raise SourceError(f"source must hold a frame that can be decoded, got {found} in {name}")
+                raise SourceError(
+                    f"source must hold a frame that can be decoded, got {found} in {self._name}"
+                )
         except BaseException:
             self._container.close()
             raise
+
+    @property
+    def decoder(self) -> str:
+        """What decodes now, by its name in psdiff doctor."""
+        return self._decoder.name
 
     def ready(self) -> bool:
         """Return True: a disk does not make the reader wait."""
         return True
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """Give every every-th frame; what was given once is not given again."""
-        return (self.picture(decoded) for decoded in self.decoded())
+        """Give every every-th frame but damaged ones; what was given once is not given again."""
+        return (self.picture(decoded) for decoded in self.decoded() if not decoded.is_damaged)
 
     def decoded(self) -> Iterator[Decoded]:
-        """Give the frames of __iter__ before they are converted to RGB (about 3 ms in 1080p)."""
+        """Give the frames of __iter__ before they are converted to RGB (3 ms in 1080p), damaged ones too."""
         if self._first is not None:
             first, self._first = self._first, None
             yield first
@@ -127,10 +150,10 @@ class VideoSource:
             raise SourceError(
                 f"source must have frames that convert to RGB, got {error} in {self._name}"
             ) from None
-        if self._created is None or pts_s is None:
+        if self.created is None or pts_s is None:
             arrived = datetime.fromtimestamp(arrival.utc_s, UTC)
             return VideoFrame(self.camera, seq, pts_s, image, arrived, "arrival")
-        return VideoFrame(self.camera, seq, pts_s, image, self._created + timedelta(seconds=pts_s), "file")
+        return VideoFrame(self.camera, seq, pts_s, image, self.created + timedelta(seconds=pts_s), "file")
 
     def close(self) -> None:
         """Close the file or connection."""
@@ -148,27 +171,24 @@ class VideoSource:
         for packet in self._packets():
             for frame in self._frames_of(packet):
                 pts_s = self._seconds_since_start(frame)
-                is_whole = self._note_damage(frame)
                 seq = self.frames_decoded
                 self.frames_decoded += 1
+                is_damaged = self._is_damaged(frame, pts_s, seq)
                 if seq % self.every == 0:
+                    self.frames_corrupt += is_damaged
                     arrival = Arrival(time.time(), time.monotonic())
                     reference_s = None if frame.pts is None else self._references.pop(frame.pts, None)
-                    yield Decoded(seq, frame, pts_s, arrival, reference_s, is_whole)
+                    yield Decoded(seq, frame, pts_s, arrival, reference_s, is_damaged)
 
-    def _note_damage(self, frame: av.VideoFrame) -> bool:
-        """Tell whether a frame is whole, and so are those that it was predicted from."""
-        if frame.is_corrupt:
-            self._damaged_frames = 1
-        elif frame.key_frame or self._damaged_frames > MAX_DAMAGED_FRAMES:
-            self._damaged_frames = 0
-        elif self._damaged_frames:
-            self._damaged_frames += 1
-        return not self._damaged_frames
+    def _is_damaged(self, frame: av.VideoFrame, pts_s: float | None, seq: int) -> bool:
+        time_s = seq / (self.fps_hint or USUAL_FPS) if pts_s is None else pts_s
+        return self._damage.is_damaged(
+            time_s, frame.pts, is_key=bool(frame.key_frame), is_corrupt=frame.is_corrupt
+        )
 
     def _seconds_since_start(self, frame: av.VideoFrame) -> float | None:
         # Not frame.time: it is nan for the frames that the decoder hands out at the end.
-        if frame.pts is None or self._stream.time_base is None:
+        if frame.pts is None or self._stream.time_base is None or not self._has_timestamps:
             return None
         if self._start_pts is None:
             self._start_pts = frame.pts
@@ -176,12 +196,12 @@ class VideoSource:
 
     def _frames_of(self, packet: av.Packet | None) -> list[av.VideoFrame]:
         try:
-            frames = self._stream.decode(packet)
+            frames = self._decoder.decode(packet)
         except av.error.FFmpegError:
             self.corrupt_packets += 1
-            self._damaged_frames = 1
+            self._damage.lose(None if packet is None else packet.pts)
             return []
-        # The decoder conceals what it can; such a frame is used, and counted once.
+        # The decoder conceals what it can, and marks the frame.
         damaged = sum(frame.is_corrupt for frame in frames)
         self.corrupt_packets += max(damaged, int(packet is not None and packet.is_corrupt))
         return frames
@@ -195,7 +215,7 @@ class VideoSource:
                     # The parser holds back the last picture until the next one begins. Where none begins in time
                     # FFmpeg gives that picture first, which is no live one any more, and the error after as long
                     # again.
-                    if self._live and time.monotonic() - waiting_since_s > self._read_timeout_s:
+                    if self.is_live and time.monotonic() - waiting_since_s > self._read_timeout_s:
                         raise CameraError(self._broken_off(NO_ANSWER), Reason.TIMEOUT)
                     bad_reads = 0
                     if packet.size:
@@ -215,90 +235,11 @@ class VideoSource:
 
     def _note_reference(self, packet: av.Packet) -> None:
         """Keep what the camera's clock says of a packet until its frame is decoded."""
-        reference_s = reference_time(packet) if self._live else None
+        reference_s = reference_time(packet) if self.is_live else None
         if reference_s is not None and packet.pts is not None:
             if len(self._references) >= MAX_REFERENCES:
                 self._references.pop(next(iter(self._references)))
             self._references[packet.pts] = reference_s
-
-
-class LiveSource:
-    """An RTSP camera: a thread decodes all the time, the reader gets the newest frame.
-
-    A reader that is slower than the camera drops frames instead of falling behind.
-    """
-
-    num_frames_hint: int | None = None
-
-    def __init__(self, video: VideoSource) -> None:
-        self.camera = video.camera
-        self.fps_hint = video.fps_hint
-        self.every = video.every
-        self.frames_dropped = 0
-        self._video = video
-        self._changed = threading.Condition()
-        self._newest: Decoded | None = None
-        self._ended = False
-        self._closing = False
-        self._error: SourceError | None = None
-        self._thread = threading.Thread(target=self._follow, name=f"camera {self.camera}", daemon=True)
-        self._thread.start()
-
-    @property
-    def frames_decoded(self) -> int:
-        """Frames the camera has sent, dropped ones included."""
-        return self._video.frames_decoded
-
-    @property
-    def corrupt_packets(self) -> int:
-        """Packets that could not be decoded, or only in part."""
-        return self._video.corrupt_packets
-
-    def ready(self) -> bool:
-        """Tell whether a new frame, or the end, is there."""
-        return self._newest is not None or self._ended
-
-    def __iter__(self) -> Iterator[VideoFrame]:
-        """Wait for the next new frame, give it, and so on. Raises SourceError when the camera is lost."""
-        while (decoded := self._take()) is not None:
-            yield self._video.picture(decoded)
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        """Hang up. Waits for the packet under way, at most the read timeout."""
-        self._closing = True
-        self._thread.join()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _take(self) -> Decoded | None:
-        with self._changed:
-            self._changed.wait_for(self.ready)
-            newest, self._newest = self._newest, None
-            return newest
-
-    def _follow(self) -> None:
-        try:
-            for decoded in self._video.decoded():
-                if self._closing:
-                    break
-                with self._changed:
-                    self.frames_dropped += self._newest is not None
-                    self._newest = decoded
-                    self._changed.notify_all()
-        except SourceError as error:
-            self._error = error
-        finally:
-            # Closed by the thread that reads: FFmpeg contexts may not be freed under a running read.
-            self._video.close()
-            with self._changed:
-                self._ended = True
-                self._changed.notify_all()
 
 
 def _video_stream(container: InputContainer, name: str) -> VideoStream:

@@ -78,7 +78,10 @@ def test_several_people_in_the_query_are_a_warning(psdiff, video, person):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.mp4"], "source must be an existing file or folder, or an rtsp:// URL, got nowhere.mp4"),
+        (
+            ["nowhere.mp4"],
+            "source must be an existing file or folder, or the URL of a camera, got nowhere.mp4",
+        ),
         (["gate.mp4", "nowhere.mp4"], "got nowhere.mp4"),
         (["gate.mp4", "--steps", "0"], "steps must be a whole number from 1 to 4, got 0"),
         (

@@ -7,6 +7,7 @@ import sys
 import pytest
 from psdiff.__main__ import app
 from psdiff.commands.doctor import examine
+from psdiff.runtime.decoders import probe_decoders
 from typer.testing import CliRunner
 
 
@@ -30,6 +31,27 @@ def test_the_table_lists_every_part():
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 0
     assert all(finding.part.split()[0] in done.stdout for finding in examine())
+
+
+def test_decoders_are_told_best_first_with_the_reason():
+    parts = state_of(json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout))
+    decoders = [name for name in parts if name.startswith("decoder ")]
+    assert decoders == [f"decoder {found.name}" for found in probe_decoders()]
+    assert parts["decoder pyav-cpu"]["state"] == "ok"
+    assert all(parts[name]["detail"] for name in decoders)
+    assert list(parts).index("video decoding") == list(parts).index(decoders[0]) - 1
+
+
+def test_without_pyav_the_report_still_comes():
+    script = (
+        "import sys; sys.modules['av'] = None\n"
+        "from psdiff.commands.doctor import examine\n"
+        "print([(f.part, f.state) for f in examine() if 'deco' in f.part])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[('video decoding', 'absent')]"
 
 
 def test_without_pytorch_the_report_still_comes():

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 import pytest
 from conftest import walk, write_video
 from psdiff.runtime.frames import SourceError
+from psdiff.runtime.live_source import LiveSource
 from psdiff.runtime.run import run
 from psdiff.runtime.soak.clips import write_clip
 from psdiff.runtime.sources import open_source
-from psdiff.runtime.video import LiveSource
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 import yaml
 from conftest import GREEN, fake_detector_of, fake_manifest, walk, write_video
+from PIL import Image
 from psdiff.bundle import Latency
 from psdiff.runtime.detector import backend_version
 from psdiff.runtime.elastic_steps import CostTable
@@ -194,6 +195,32 @@ def test_what_the_api_tells_adds_up(serve, camera_files, run, tmp_path):
     assert 'psdiff_camera_reconnects_total{camera="away",reason="refused"}' in metrics
     assert 'psdiff_ddim_steps_total{steps="1"}' in metrics
     assert "topsecret" not in metrics
+
+
+def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_path):
+    """Flat out: every frame is looked at, however long that takes."""
+    made = {"creation_time": "2026-03-01T10:00:00.000000Z"}
+    video = write_video(tmp_path / "clip.mp4", walk(40), fps=10, metadata=made)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(walk(5, colour=GREEN)):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    site = site_of(tmp_path, {"clip": str(video), "pictures": str(folder)}, defaults={"pace": "flat_out"})
+    service = run(site)
+    wait_for(lambda: [each["state"] for each in service.cameras()] == ["ended", "ended"])
+    wait_for(lambda: [each["computed"] for each in service.cameras()] == [40, 5])
+    assert service.is_ready
+    wait_for(lambda: [service.totals.frames[name] for name in ("clip", "pictures")] == [40, 5])
+    clip = [
+        event
+        for event in events_of(tmp_path)
+        if event["source"] == "/hq/clip" and event["type"] == "psdiff.detection.v1"
+    ]
+    assert len(clip) >= 39, "one for each frame; the last may still be on its way to the disk"
+    assert {event["data"]["ts_source"] for event in clip} == {"file"}
+    assert {event["time"][:18] for event in clip} == {"2026-03-01T10:00:0"}
+    assert 'psdiff_camera_state{camera="clip",state="ended"} 1.0' in get(site, "/metrics")
+    assert [each["decoder"] for each in service.cameras()] == ["pyav-cpu", "pillow"]
 
 
 def test_a_camera_that_dies_does_not_touch_the_other(serve, camera_files, run, tmp_path):

@@ -7,6 +7,7 @@ import yaml
 from psdiff.__main__ import app
 from psdiff.runtime.elastic_steps import StepRange
 from psdiff.runtime.frame_queues import QueuePolicy
+from psdiff.runtime.playback import Playback
 from psdiff.runtime.site_file import Camera, Site, SiteError, load_site, resolved_url, shown
 from typer.testing import CliRunner
 
@@ -79,7 +80,19 @@ def test_a_warm_start_is_wanted_camera_by_camera_and_off_by_default(write):
             "cameras: [{id: a, url: 'rtsp://x'}, {id: a, url: 'rtsp://y'}]",
             "cameras must have different ids, got a more than once",
         ),
-        ("cameras: [{id: a, url: clips/a.mp4}]", r"cameras\[0\]\.url: must begin with rtsp:// or rtsps://"),
+        (
+            "cameras: [{id: a, url: 'concat:a.mp4|b.mp4'}]",
+            r"cameras\[0\]\.url: must be rtsp://.* got a URL concat:\.\.\.; a file of that name is \./concat:",
+        ),
+        (
+            "cameras: [{id: a, url: 'http://169.254.169.254/'}]",
+            r"cameras\[0\]\.url: must not be a link-local or metadata address, got 169\.254\.169\.254",
+        ),
+        (
+            "cameras: [{id: a, url: 'a.mp4', pace: fast}]",
+            r"cameras\[0\]\.pace: Input should be 'real_time' or",
+        ),
+        ("defaults: {decoder: gpu}", r"defaults\.decoder: Input should be 'auto', 'cpu', 'cuda' or 'vaapi'"),
         ("api: {listen: here}", r"api\.listen: String should match pattern"),
         ("site: {id: '${NAME}'}", r"site\.id: secrets must stand in the url of a camera, got one here"),
         (
@@ -103,6 +116,47 @@ def test_a_mistake_is_named_with_its_place(write, text, message):
     with pytest.raises(SiteError, match=message) as caught:
         load_site(write(text))
     assert str(caught.value).startswith(str(write(text)))
+
+
+def test_a_relative_path_begins_at_the_file_of_the_site(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    text = "cameras: [{id: a, url: clips/a.mp4}, {id: b, url: /clips}, {id: c, url: 'file:///clips/c.mp4'}]"
+    site = load_site(write(text))
+    assert [camera.url for camera in site.cameras] == [
+        str(tmp_path / "clips/a.mp4"),
+        "/clips",
+        "file:///clips/c.mp4",
+    ]
+    assert shown(site)["cameras"][0]["url"] == str(tmp_path / "clips/a.mp4")
+
+
+def test_how_a_camera_is_played(write):
+    site = load_site(
+        write(
+            "defaults: {decoder: cpu, image_fps: 2}\n"
+            "cameras: [{id: a, url: a.mp4, pace: flat_out, loop: true}, "
+            "{id: b, url: 'rtsp://b', pace: flat_out, transport: udp, decoder: cuda}]"
+        )
+    )
+    file, live = site.cameras
+    assert site.playback(file) == Playback("flat_out", True, 2.0, "cpu", "tcp")
+    assert site.playback(live) == Playback("flat_out", False, 2.0, "cuda", "udp")
+    # Whoever plays flat out waits for the detector; a live camera cannot.
+    assert site.queue_policy(file).mode == "every_frame"
+    assert site.queue_policy(live).mode == "bounded"
+
+
+def test_a_secret_may_stand_anywhere_and_what_comes_out_is_looked_at(write):
+    site = load_site(write("cameras: [{id: a, url: 'rtsp://${HOST}:${PORT}/${PATH_}'}]"))
+    [camera] = site.cameras
+    assert resolved_url(camera, {"HOST": "cam", "PORT": "554", "PATH_": "s1"}) == "rtsp://cam:554/s1"
+    with pytest.raises(
+        SiteError, match=r"url of camera a must be rtsp://.* got a URL rtsp://\.\.\."
+    ) as caught:
+        resolved_url(camera, {"HOST": "cam", "PORT": "topsecret", "PATH_": "s1"})
+    assert "topsecret" not in str(caught.value)
+    with pytest.raises(SiteError, match="url of camera a must not be a link-local or metadata address"):
+        resolved_url(camera, {"HOST": "169.254.169.254", "PORT": "80", "PATH_": "s1"})
 
 
 def test_a_file_that_is_not_there_is_an_error_of_one_line(tmp_path):
