@@ -81,6 +81,8 @@ class Connection:
     rng: random.Random = field(default_factory=random.Random, repr=False)
     _failures: int = field(default=0, repr=False)
     _last_frame_s: float | None = field(default=None, repr=False)
+    _frames: int = field(default=0, repr=False)
+    """Of the present connection."""
     _gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED_GAPS), repr=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +91,7 @@ class Connection:
 
     def connect(self, now_s: float) -> None:
         """A try begins."""
-        self.retry_s, self._last_frame_s = None, None
+        self.retry_s, self._last_frame_s, self._frames = None, None, 0
         self._enter(State.CONNECTING, now_s)
 
     def frame(self, now_s: float) -> None:
@@ -98,7 +100,8 @@ class Connection:
             gap_s = now_s - self._last_frame_s
             if self.state is State.STALLED:
                 self.stalled_s += now_s - self.since_s
-            else:
+            elif self._frames > 1:
+                # Not the first gap: the second frame of a connection comes when it comes.
                 self._gaps_s.append(gap_s)
         if self.state is not State.STREAMING:
             self._enter(State.STREAMING, now_s)
@@ -106,6 +109,7 @@ class Connection:
         elif now_s - self.since_s >= HEALTHY_S:
             self._failures = 0
         self._last_frame_s = now_s
+        self._frames += 1
 
     def check(self, now_s: float) -> bool:
         """Tell whether frames stay away too long; then the state is STALLED, and the connection to be given up."""
@@ -118,7 +122,7 @@ class Connection:
     @property
     def stall_after_s(self) -> float:
         """How long frames may stay away."""
-        # The median: a camera takes its time for the second frame, and sends others in bursts.
+        # The median: cameras send frames in bursts.
         interval_s = statistics.median(self._gaps_s) if self._gaps_s else 0.0
         return max(SHORTEST_STALL_S, STALL_INTERVALS * interval_s)
 

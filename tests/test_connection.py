@@ -49,6 +49,18 @@ def test_one_long_gap_at_the_beginning_does_not_make_stalls_longer():
     assert each.check(last_s + 3.01)
 
 
+def test_connections_that_are_lost_after_two_frames_do_not_make_stalls_longer():
+    each = connection()
+    for begin_s in range(0, 200, 10):
+        each.connect(begin_s)
+        each.frame(begin_s + 1.0)
+        each.frame(begin_s + 3.0)
+        each.fail(Reason.LOST, begin_s + 5.0)
+    each.connect(300.0)
+    last_s = stream(each, 301.0, 1.0)
+    assert each.check(last_s + 3.01)
+
+
 def test_time_without_frames_is_summed_and_a_late_frame_ends_the_stall():
     each = connection()
     last_s = stream(each, 0.0, 10)
