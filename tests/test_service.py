@@ -1,7 +1,11 @@
 """A site at work over real RTSP cameras: events, metrics, faults of one camera, and an end in order."""
 
+import itertools
 import json
+import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -193,7 +197,6 @@ def test_what_the_api_tells_adds_up(serve, camera_files, run, tmp_path):
     assert 'psdiff_camera_state{camera="gate",state="streaming"} 1.0' in metrics
     assert 'psdiff_camera_state{camera="away",state="backoff"} 1.0' in metrics
     assert 'psdiff_camera_reconnects_total{camera="away",reason="refused"}' in metrics
-    assert 'psdiff_ddim_steps_total{steps="1"}' in metrics
     assert "topsecret" not in metrics
 
 
@@ -221,6 +224,215 @@ def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_p
     assert {event["time"][:18] for event in clip} == {"2026-03-01T10:00:0"}
     assert 'psdiff_camera_state{camera="clip",state="ended"} 1.0' in get(site, "/metrics")
     assert [each["decoder"] for each in service.cameras()] == ["pyav-cpu", "pillow"]
+
+
+def samples(site):
+    """Sample -> value, of /metrics."""
+    lines = [line for line in get(site, "/metrics").splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_metrics_tell_where_the_time_goes(serve, camera_files, run, tmp_path):
+    url, _ = serve(*camera_files)
+    site = site_of(tmp_path, {"gate": f"{url}/gate", "hall": f"{url}/hall"})
+    service = run(site)
+    wait_for(lambda: min(service.totals.frames[camera] for camera in ("gate", "hall")) >= 5)
+    wait_for(lambda: service.cameras()[0]["time_source"] == "rtcp_sr")
+    told = samples(site)
+    counts = {
+        name.split('"')[1]: value
+        for name, value in told.items()
+        if name.startswith("psdiff_frame_latency_seconds_count")
+    }
+    # Every stage of every frame; the counts are read while frames go through.
+    assert set(counts) == {"decode", "queue", "preprocess", "backbone", "cdl", "post", "publish", "e2e"}
+    assert min(counts.values()) >= 10
+    assert max(counts.values()) - min(counts.values()) <= 2
+    sums = {
+        stage: told[f'psdiff_frame_latency_seconds_sum{{stage="{stage}"}}'] / count
+        for stage, count in counts.items()
+    }
+    inside = sum(sums[stage] for stage in counts if stage != "e2e")
+    # The way from the camera and the promise of arrival come on top.
+    assert 0 < inside < sums["e2e"]
+    assert told["psdiff_ddim_steps_count"] >= 10
+    assert told["psdiff_ddim_steps_sum"] >= told["psdiff_ddim_steps_count"]
+    assert 1 <= told["psdiff_batch_size_count"] <= told["psdiff_ddim_steps_count"]
+    assert told["psdiff_batch_size_sum"] == pytest.approx(told["psdiff_ddim_steps_count"], abs=8)
+    assert told['psdiff_camera_time_source_info{camera="gate",source="rtcp_sr"}'] == 1
+    assert told['psdiff_camera_time_source_info{camera="gate",source="arrival"}'] == 0
+    assert told['psdiff_events_published_total{sink="file"}'] >= 10
+    assert told['psdiff_event_publish_errors_total{sink="file"}'] == 0
+    assert told["psdiff_storage_free_bytes"] > 1e6
+    assert told["psdiff_engine_verify_ok"] == 1
+    [engine] = [name for name in told if name.startswith("psdiff_engine_info{")]
+    assert 'backend="onnxruntime",model="fake"' in engine
+    [build] = [name for name in told if name.startswith("psdiff_build_info{")]
+    assert told[build] == 1
+
+
+def test_counters_never_fall(serve, camera_files, run, tmp_path, monkeypatch):
+    """Half of the batches fail; a camera is changed meanwhile."""
+    url, _ = serve(*camera_files)
+    site = site_of(tmp_path, {"gate": f"{url}/gate", "hall": f"{url}/hall"})
+    service = run(site)
+    detect, calls = service._loop._detect, []
+
+    def sometimes(frames, steps):
+        calls.append(steps)
+        if len(calls) % 2:
+            raise RuntimeError("the device is out of memory")
+        return detect(frames, steps)
+
+    service._loop._detect = sometimes
+    before, falls, rounds = {}, [], 0
+
+    def go_on():
+        nonlocal before, rounds
+        now = samples(site)
+        falls.extend(
+            (name, value, now.get(name, 0.0))
+            for name, value in before.items()
+            if re.search(r"_(total|count|sum|bucket)(\{|$)", name) and now.get(name, 0.0) < value
+        )
+        before, rounds = now, rounds + 1
+        if rounds == 20:
+            camera = site.cameras[1].model_copy(update={"sample_fps": 4.0})
+            changed = site.model_copy(update={"cameras": (site.cameras[0], camera)})
+            assert service.apply(changed).changed == ("hall",)
+        time.sleep(0.05)
+        return rounds > 30 and service.cameras()[1]["dropped"].get("failed", 0) >= 3
+
+    wait_for(go_on)
+    assert falls == []
+
+
+def test_without_an_engine_in_the_process_inference_is_one_stage(
+    serve, camera_files, detector, manifest, tmp_path
+):
+    class Remote:
+        settings = detector.settings
+
+        def detect(self, frames, steps=4, seeds=None):
+            return detector.detect(frames, steps, seeds)
+
+    url, _ = serve(camera_files[0])
+    service = Service(site_of(tmp_path, {"gate": f"{url}/gate"}), manifest, Remote(), TABLE)
+    records = []
+    service.observers.append(records.append)
+    service.start()
+    wait_for(lambda: len(records) >= 2)
+    assert service.stop(8)
+    names = [stage.name for stage in records[-1].stages]
+    assert names == ["decode", "queue", "infer", "publish"]
+    for earlier, later in itertools.pairwise(records[-1].stages):
+        assert earlier.start_s <= earlier.end_s <= later.end_s
+
+
+def test_frames_that_are_traced_carry_their_trace_in_the_event(
+    serve, camera_files, detector, manifest, tmp_path
+):
+    pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from psdiff.runtime.traces import FrameTracer
+
+    exporter = InMemorySpanExporter()
+    url, _ = serve(camera_files[0])
+    tracer = FrameTracer(3, SimpleSpanProcessor(exporter))
+    service = Service(site_of(tmp_path, {"gate": f"{url}/gate"}), manifest, detector, TABLE, tracer)
+    service.start()
+    wait_for(lambda: service.totals.frames["gate"] >= 8)
+    assert service.stop(8)
+    frames = {
+        span.attributes["psdiff.frame_seq"]: span for span in exporter.get_finished_spans() if not span.parent
+    }
+    assert len(frames) >= 3
+    events = events_of(tmp_path)
+    assert len([event for event in events if "trace_id" in event["data"]]) >= 2
+    for event in events:
+        data = event["data"]
+        traced = frames.get(data["frame_seq"])
+        assert data.get("trace_id") == (traced and f"{traced.context.trace_id:032x}")
+    stages = [span for span in exporter.get_finished_spans() if span.parent]
+    assert len(stages) == 7 * len(frames)
+
+
+def test_a_detector_that_hangs_or_ends_makes_the_service_unhealthy(run, tmp_path, monkeypatch):
+    site = site_of(tmp_path, {})
+    service = run(site)
+    assert json.loads(get(site, "/healthz")) == {"status": "ok"}
+    monkeypatch.setattr("psdiff.runtime.service.STUCK_BATCH_S", -1.0)
+    with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+        get(site, "/healthz")
+    assert "the detector must be done with a batch" in caught.value.read().decode()
+    monkeypatch.undo()
+    assert service.faults() == []
+    service._loop.stop(5)
+    assert len(service.faults()) == 1
+
+
+def test_a_camera_whose_thread_ends_makes_the_service_unhealthy_and_one_that_is_away_does_not(
+    run, tmp_path, monkeypatch
+):
+    site = site_of(tmp_path, {"away": "rtsp://127.0.0.1:9/x"}, ingest={"isolation": "thread"})
+    service = run(site)
+    wait_for(lambda: service.cameras()[0]["state"] == "backoff")
+    assert service.faults() == []
+    feed = service._feeds["away"]
+    feed.stop()
+    assert feed.join(5)
+    assert "camera away must be followed" in service.faults()[0]
+
+
+def test_ready_means_that_events_can_be_kept(run, tmp_path):
+    site = site_of(tmp_path, {})
+    service = run(site)
+    assert service.is_ready
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    (tmp_path / "data").write_text("a file in the place of the folder")
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(site, "/readyz")
+    assert json.loads(get(site, "/startupz"))["status"] == "started"
+    (tmp_path / "data").unlink()
+    assert service.is_ready
+
+
+def test_the_end_is_told_at_once_and_the_batch_under_way_is_finished(
+    serve, camera_files, detector, manifest, tmp_path
+):
+    url, _ = serve(camera_files[0])
+    site = site_of(tmp_path, {"gate": f"{url}/gate"})
+    service = Service(site, manifest, detector, TABLE)
+    http = HttpServer(service, site.api.listen)
+    http.start()
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(site, "/startupz")
+    detect, begun, go_on = service._loop._detect, threading.Event(), threading.Event()
+
+    def held(frames, steps):
+        begun.set()
+        assert go_on.wait(20)
+        return detect(frames, steps)
+
+    service._loop._detect = held
+    service.start()
+    assert get(site, "/readyz")
+    assert begun.wait(20)
+    ended = []
+    stopping = threading.Thread(target=lambda: ended.append(service.stop(10)))
+    stopping.start()
+    wait_for(lambda: not service.is_ready)
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(site, "/readyz")
+    assert get(site, "/startupz")
+    assert get(site, "/healthz")  # an end is no fault
+    go_on.set()
+    stopping.join(12)
+    http.stop()
+    assert ended == [True]
+    assert service.totals.frames["gate"] >= 1
+    assert events_of(tmp_path)
 
 
 def test_a_camera_that_dies_does_not_touch_the_other(serve, camera_files, run, tmp_path):
@@ -343,5 +555,37 @@ def test_the_program_serves_and_ends_in_order(serve, camera_files, tmp_path, shi
         program.kill()
         program.wait()
     text = (tmp_path / "log").read_text()
-    assert text.endswith("stopping\n")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines[-1]["event"] == "stopping"
     assert "Traceback" not in text
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_program_tells_systemd_and_ends_in_time_before_a_camera_that_does_not_answer(tmp_path, shipped):
+    """A camera that takes connections and says nothing holds its thread for longer than the end may take."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
+        site = site_of(tmp_path, {"silent": f"rtsp://admin:topsecret@127.0.0.1:{silent.getsockname()[1]}/x"})
+        path = tmp_path / "site.yaml"
+        path.write_text(yaml.safe_dump(site.model_dump(mode="json")))
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with (tmp_path / "log").open("w") as log:
+            command = [sys.executable, "-m", "psdiff", "serve", "-c", str(path)]
+            program = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment)
+        try:
+            assert systemd.recv(100) == b"READY=1"
+            assert json.loads(get(site, "/readyz"))["status"] == "ready"
+            wait_for(lambda: json.loads(get(site, "/api/v1/cameras"))[0]["state"] == "connecting")
+            program.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert systemd.recv(100) == b"STOPPING=1"
+            assert program.wait(15) == 0, (tmp_path / "log").read_text()
+            assert time.monotonic() - began < 10
+        finally:
+            program.kill()
+            program.wait()
+    assert "topsecret" not in (tmp_path / "log").read_text()
