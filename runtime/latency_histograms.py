@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Histogram
 
-from .stage_times import FrameRecord
+from .stage_times import FrameRecord, StageName
 
 # From the post-processing of a GPU to a promise of ten seconds that was missed.
 LATENCIES_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -23,6 +23,8 @@ class LatencyHistograms:
             buckets=LATENCIES_S,
             registry=registry,
         )
+        self._by_stage: dict[StageName, Histogram] = {}
+        """Looking a label up costs as much as counting."""
         self._batch = Histogram(
             "psdiff_batch_size", "Frames that were computed together", buckets=BATCHES, registry=registry
         )
@@ -33,9 +35,14 @@ class LatencyHistograms:
     def __call__(self, record: FrameRecord) -> None:
         """Count one frame."""
         for stage in record.stages:
-            self._latency.labels(stage.name).observe(stage.seconds)
+            self._observe(stage.name, stage.seconds)
         # A camera's clock may be ahead of ours.
-        self._latency.labels("e2e").observe(max(0.0, record.e2e_s))
+        self._observe("e2e", max(0.0, record.e2e_s))
         self._steps.observe(record.steps)
         if record.is_first:
             self._batch.observe(record.batch)
+
+    def _observe(self, stage: StageName, seconds: float) -> None:
+        if stage not in self._by_stage:
+            self._by_stage[stage] = self._latency.labels(stage)
+        self._by_stage[stage].observe(seconds)

@@ -30,6 +30,9 @@ LONGEST_SETTLE_S = 10.0
 # Notices get lost on network drives and with files that are mounted one by one: look this often at any rate.
 LOOK_S = 5.0
 
+# Events and logs may lie in the same folder: a look for several of their lines.
+STEP_MS = 200
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,6 +86,8 @@ class LiveSite:
 
     def start(self) -> None:
         """Begin to watch the file."""
+        # It tells of every change in the folder: of a log that lies there too, for ever.
+        logging.getLogger("watchfiles").setLevel(logging.WARNING)
         self._thread.start()
 
     def stop(self, timeout_s: float) -> bool:
@@ -220,6 +225,7 @@ class LiveSite:
             watch_filter=None,
             recursive=False,
             stop_event=self._stopping,
+            step=STEP_MS,
             rust_timeout=round(1000 * LOOK_S),
             yield_on_timeout=True,
             raise_interrupt=False,

@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 from .site_file import Site, SiteError, resolved_url
 from .source_address import LOGIN_FIELD
 
-_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s'\"<>]+)")
+# What ends a sentence, or closes a bracket, is no part of it.
+_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)([^\s'\"<>]*[^\s'\"<>.,;:)\]}])")
 
 # A shorter password would blank half of what is said; in URLs it goes by its place.
 SHORTEST_SECRET = 4

@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from .backends import TRITON
 from .connection import State
+from .detector import backend_version
 from .live_site import LiveSite
 from .service import Service
 
@@ -27,6 +29,8 @@ class SiteCollector:
         """live: the file of the site, where it is followed."""
         self._service = service
         self._live = live
+        backend = service.site.model.backend
+        self._engine_name = backend if backend == TRITON else backend_version(backend)
 
     def collect(self) -> Iterator[Metric]:
         """Give every metric once."""
@@ -111,10 +115,10 @@ class SiteCollector:
     def _engine(self) -> Iterator[Metric]:
         service = self._service
         engine = GaugeMetricFamily(
-            "psdiff_engine_info", "1; what finds people", labels=["backend", "model", "sha256", "space"]
+            "psdiff_engine_info", "1; what finds people", labels=["engine", "model", "sha256", "space"]
         )
         model = service.model
-        engine.add_metric([service.site.model.backend, model.id, model.sha256, model.space], 1)
+        engine.add_metric([self._engine_name, model.id, model.sha256, model.space], 1)
         yield engine
         # A service is not built over an engine without proof: the metric is there for alerts, and for the day when
         # proofs are repeated at work.

@@ -387,6 +387,20 @@ def test_a_route_that_is_not_there_is_told_as_json(run):
     assert call(service.site, "POST", "/api/v1/cameras/hall", {})[0] == 405
 
 
+def test_a_bug_is_told_without_its_words(run, monkeypatch):
+    service, _ = run()
+
+    def broken():
+        raise RuntimeError("rtsp://admin:topsecret@host")
+
+    monkeypatch.setattr(service, "cameras", broken)
+    assert call(service.site, "GET", "/api/v1/cameras") == (
+        500,
+        {"path": "", "reason": "the service failed to answer; its log tells why"},
+    )
+    monkeypatch.undo()
+
+
 def test_a_file_that_changed_meanwhile_is_not_overwritten(run, file, monkeypatch):
     service, live = run()
     # The watcher has not seen the edit yet.
@@ -489,3 +503,16 @@ def test_a_slow_camera_does_not_hold_up_a_change(run, file):
         live.put_camera("yard", {"url": NOWHERE})
         assert time.monotonic() - began < 8
         wait_for(lambda: service.cameras()[2]["reason"] == "refused")
+
+
+def test_a_folder_in_which_a_lot_is_written_makes_no_noise(run, file, caplog):
+    """As where the log of the service lies beside its site: what is logged of changes would be one."""
+    with caplog.at_level(logging.INFO):
+        service, _ = run()
+        for i in range(10):
+            (file.parent / "log").write_text("x" * i)
+            time.sleep(0.05)
+        file.write_text(replaced(file, "id: hall", "id: lobby"))
+        wait_for(lambda: names(service) == ["gate", "lobby"])
+        wait_for(lambda: any("the site changed" in record.getMessage() for record in caplog.records))
+    assert not [record for record in caplog.records if record.name.startswith("watchfiles")]

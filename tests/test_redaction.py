@@ -8,12 +8,13 @@ from psdiff.runtime.site_file import Site
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("got rtsp://admin:pw@10.0.0.1:554/s1?x=1, again", "got rtsp://10.0.0.1:554/s1 again"),
+        ("got rtsp://admin:pw@10.0.0.1:554/s1?x=1, again", "got rtsp://10.0.0.1:554/s1, again"),
         ("rtsp://admin:p@ss/w:rd@host/s1", "rtsp://host/s1"),
         ("rtsp://host/user=admin&password=pw&channel=1.sdp", "rtsp://host/channel=1.sdp"),
-        ("(https://u:p@host/hook?token=abc)", "(https://host/hook"),
+        ("(https://u:p@host/hook?token=abc)", "(https://host/hook)"),
         ("two: rtsp://a:b@one/x and RTSPS://c:d@two/y", "two: rtsp://one/x and RTSPS://two/y"),
         ("http://127.0.0.1:8420/api/v1/cameras", "http://127.0.0.1:8420/api/v1/cameras"),
+        ("from rtsp://u:p@host/s1?x=1; next try", "from rtsp://host/s1; next try"),
         ("nothing@all: 5", "nothing@all: 5"),
     ],
 )

@@ -1,7 +1,9 @@
 """The file of a site: strict, helpful, and tight-lipped about secrets."""
 
 import json
+from pathlib import Path
 
+import psdiff
 import pytest
 import yaml
 from psdiff.__main__ import app
@@ -220,6 +222,12 @@ def test_what_show_prints_is_a_site_again(write, tmp_path):
     assert result.exit_code == 0
     again = load_site(write(result.stdout))
     assert again.promise == load_site(write(EXAMPLE)).promise
+
+
+def test_the_published_schema_is_the_one_of_the_code():
+    path = Path(psdiff.__file__).parent / "docs" / "site.schema.json"
+    published = json.loads(path.read_text())
+    assert published == Site.model_json_schema(), f"run psdiff config schema > {path}"
 
 
 def test_the_schema_is_that_of_the_file():
