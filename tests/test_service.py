@@ -567,7 +567,11 @@ def test_the_program_tells_systemd_and_ends_in_time_before_a_camera_that_does_no
         socket.create_server(("127.0.0.1", 0)) as silent,
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
     ):
-        site = site_of(tmp_path, {"silent": f"rtsp://admin:topsecret@127.0.0.1:{silent.getsockname()[1]}/x"})
+        cameras = {
+            "silent": f"rtsp://admin:topsecret@127.0.0.1:{silent.getsockname()[1]}/x",
+            "away": "rtsp://admin:topsecret@127.0.0.1:9/topsecret",
+        }
+        site = site_of(tmp_path, cameras)
         path = tmp_path / "site.yaml"
         path.write_text(yaml.safe_dump(site.model_dump(mode="json")))
         systemd.bind(str(tmp_path / "notify"))
@@ -579,7 +583,13 @@ def test_the_program_tells_systemd_and_ends_in_time_before_a_camera_that_does_no
         try:
             assert systemd.recv(100) == b"READY=1"
             assert json.loads(get(site, "/readyz"))["status"] == "ready"
-            wait_for(lambda: json.loads(get(site, "/api/v1/cameras"))[0]["state"] == "connecting")
+            states = [("connecting", None), ("backoff", "refused")]
+
+            def are_away():
+                told = json.loads(get(site, "/api/v1/cameras"))
+                return [(each["state"], each["reason"]) for each in told] == states
+
+            wait_for(are_away)
             program.send_signal(signal.SIGTERM)
             began = time.monotonic()
             assert systemd.recv(100) == b"STOPPING=1"
@@ -588,4 +598,10 @@ def test_the_program_tells_systemd_and_ends_in_time_before_a_camera_that_does_no
         finally:
             program.kill()
             program.wait()
-    assert "topsecret" not in (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert "topsecret" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    # Said by the process that follows cameras.
+    [away] = [line for line in lines if line.get("camera") == "away"]
+    assert (away["err_code"], away["level"]) == ("refused", "warning")
+    assert "rtsp://127.0.0.1:9/***" in away["event"]
