@@ -98,6 +98,8 @@ def test_counters_never_fall(serve, camera_files, run, tmp_path, monkeypatch):
     def sometimes(frames, steps):
         calls.append(steps)
         if len(calls) % 2:
+            # Long enough to be seen under way.
+            time.sleep(0.15)
             raise RuntimeError("the device is out of memory")
         return detect(frames, steps)
 
