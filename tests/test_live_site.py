@@ -112,6 +112,7 @@ def test_a_link_to_a_file_elsewhere_is_followed(run, file, tmp_path):
             "must stay None while the service runs, got 1",
         ),
         ("version: 1", "trace: {sample_every: 5}", "trace.sample_every", "must stay None"),
+        ("sample_fps: 5", "warm_start: true", "warm_start", "must stay false while the service runs without"),
         ("${GATE_PASS}", "${NOBODY}", "cameras[0].url", "environment must hold NOBODY for camera gate"),
     ],
 )
@@ -166,6 +167,11 @@ def test_a_folder_that_goes_and_comes_is_survived(run, file):
     wait_for(lambda: names(service) == ["gate", "lobby"])
 
 
+def events_of(file):
+    [path] = (file.parent.parent / "data").glob("events-*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_only_a_camera_that_changed_is_connected_anew(run, file, serve, camera_file):
     url, _ = serve(camera_file)
     text = file.read_text().replace('"rtsp://${GATE_USER}:${GATE_PASS}@127.0.0.1:9/gate"', f"{url}/gate")
@@ -188,12 +194,12 @@ def test_only_a_camera_that_changed_is_connected_anew(run, file, serve, camera_f
     # What a camera counted before goes on; numbers of frames stay unique.
     for name in ("decoded", "offered", "computed", "people"):
         assert hall[name] > before[1][name], name
-    events = [
-        json.loads(line)["data"]["det"]["id"]
-        for path in (file.parent.parent / "data").glob("events-*.jsonl")
-        for line in path.read_text().splitlines()
-    ]
-    assert len(set(events)) == len(events)
+    ids = [event["data"]["det"]["id"] for event in events_of(file) if "det" in event["data"]]
+    assert len(set(ids)) == len(ids)
+    # Whoever was followed before the change is somebody new after it.
+    wait_for(lambda: [event for event in events_of(file) if event["type"] == "psdiff.track.v1"])
+    ended = [event for event in events_of(file) if event["type"] == "psdiff.track.v1"]
+    assert {event["data"]["camera"] for event in ended} == {"hall"}
 
 
 def test_a_camera_is_switched_off_and_on(run, file):
