@@ -39,7 +39,7 @@ def reported_errors() -> Iterator[None]:
     from .bundle import BundleError
     from .runtime.frames import ImageError, SourceError
     from .runtime.query import QueryError
-    from .runtime.site_file import SiteError
+    from .runtime.site_errors import SiteError
     from .runtime.traces import TraceError
     from .runtime.triton_detector import ServerError
 

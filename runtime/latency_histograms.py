@@ -36,8 +36,9 @@ class LatencyHistograms:
         """Count one frame."""
         for stage in record.stages:
             self._observe(stage.name, stage.seconds)
-        # A camera's clock may be ahead of ours.
-        self._observe("e2e", max(0.0, record.e2e_s))
+        if record.e2e_s is not None:
+            # A camera's clock may be ahead of ours.
+            self._observe("e2e", max(0.0, record.e2e_s))
         self._steps.observe(record.steps)
         if record.is_first:
             self._batch.observe(record.batch)

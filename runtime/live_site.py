@@ -20,8 +20,10 @@ from watchfiles import watch
 from .events import utc_text
 from .service import Service
 from .site_changes import SiteChange
-from .site_file import SECRET, Camera, Site, SiteError, parse_camera, parse_site
+from .site_errors import SiteError
+from .site_file import SECRET, Camera, Site, beside, parse_camera, parse_site
 from .site_text import with_camera, without_camera, write_atomically
+from .source_address import NETWORK
 
 # An editor may write in pieces, and half a file may be a site with half its cameras: wait until it rests.
 SETTLE_S = 0.5
@@ -142,7 +144,7 @@ class LiveSite:
         with self._lock:
             self._check_version(version)
             known = next((each for each in self._service.site.cameras if each.id == name), None)
-            camera = _checked(name, content, known)
+            camera = beside(_checked(name, content, known), self._path)
             explicit = camera.model_dump(mode="json", exclude_unset=True, exclude={"id"})
             if known is not None and "url" not in content:
                 del explicit["url"]
@@ -243,13 +245,20 @@ class LiveSite:
 def _checked(name: str, content: Mapping[str, Any], known: Camera | None) -> Camera:
     if content.get("id", name) != name:
         raise _refusal("id", f"must be {name}, as in the address, got another")
-    url = content.get("url", known.url if known is not None else None)
-    if url is None:
+    wanted = content.get("url", known.url if known is not None else None)
+    if wanted is None:
         raise _refusal("url", "must be given for a new camera")
+    url = content.get("url")
+    if isinstance(url, str) and url.partition("://")[0].lower() not in NETWORK:
+        known_schemes = ", ".join(f"{scheme}://" for scheme in NETWORK)
+        reason = (
+            f"must begin with one of {known_schemes}; files and devices are named in the file of the site"
+        )
+        raise _refusal("url", reason)
     # Who may talk to this port would read the service's files and environment, by sending them to a host of theirs.
-    if "url" in content and isinstance(url, str) and SECRET.search(url):
+    if isinstance(url, str) and SECRET.search(url):
         raise _refusal("url", "secrets must be named in the file of the site, got one here")
-    return parse_camera({**content, "id": name, "url": url})
+    return parse_camera({**content, "id": name, "url": wanted})
 
 
 def _read(path: Path) -> _Seen:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from urllib.parse import unquote, urlsplit
 
-from .site_file import Site, SiteError, resolved_url
+from .site_errors import SiteError
+from .site_file import Site, resolved_url
 from .source_address import LOGIN_FIELD
 
 # What ends a sentence, or closes a bracket, is no part of it.

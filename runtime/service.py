@@ -34,7 +34,8 @@ from .ingest import Ingest, ThreadIngest, faults_of
 from .ingest_processes import ProcessIngest, default_workers
 from .query import as_box
 from .site_changes import SiteChange, WantedCamera, change_between, wanted_cameras
-from .site_file import Camera, Site, SiteError
+from .site_errors import SiteError
+from .site_file import Camera, Site
 from .site_people import SitePeople
 from .stage_times import BatchStages, FrameRecord, Stage, frame_record
 from .step_costs import allowed_steps
@@ -299,7 +300,9 @@ class Service:
             queue_ms=1000 * result.queue_s,
             warm=followed.warm,
         )
-        trace = self._tracer.begin(frame, frame.time.utc_s) if self._tracer is not None else None
+        # A recording was captured long ago: its trace begins now.
+        start_s = time.time() if frame.time.source == "file" else frame.time.utc_s
+        trace = self._tracer.begin(frame, start_s) if self._tracer is not None else None
         events = [
             detection_event(
                 picture,

@@ -8,7 +8,8 @@ from typing import Any
 
 from .frame_queues import QueuePolicy
 from .playback import Playback
-from .site_file import CameraDefaults, Site, SiteError, resolved_url
+from .site_errors import SiteError
+from .site_file import CameraDefaults, Site, resolved_url
 
 # What may change while a service runs. Everything else was read by parts that were built from it.
 LIVE = frozenset({"cameras", "defaults"})

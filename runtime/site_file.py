@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -20,22 +19,13 @@ from .elastic_steps import StepRange
 from .frame_queues import QueueMode, QueuePolicy
 from .frames import SourceError
 from .playback import Pace, Playback
+from .site_errors import SiteError, closest, site_error
 from .source_address import parse_address
 
 # In a camera's URL: ${NAME} is an environment variable, ${file:/run/secrets/gate} the text of a file.
 SECRET = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>\w+))\}")
 LOCAL = ("127.0.0.1", "localhost")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-class SiteError(Exception):
-    """The file does not describe a site, or one that cannot be had."""
-
-    def __init__(self, message: str, *, place: str = "", reason: str = "") -> None:
-        """place: of the key, such as cameras[0].url; empty where it is no single one. reason: without the place."""
-        super().__init__(message)
-        self.place = place
-        self.reason = reason or message
 
 
 class _Strict(BaseModel):
@@ -65,7 +55,7 @@ class Model(_Strict):
     def _known(cls, value: str) -> str:
         known = [*BACKENDS, TRITON]
         if value not in known:
-            raise ValueError(f"must be one of {', '.join(known)}{_closest(value, known)}")
+            raise ValueError(f"must be one of {', '.join(known)}{closest(value, known)}")
         return value
 
 
@@ -282,7 +272,7 @@ def parse_site(text: str, path: Path) -> Site:
     try:
         site = Site.model_validate(content)
     except ValidationError as error:
-        raise _site_error(error, Site, f"{path}: ") from None
+        raise site_error(error, Site, f"{path}: ") from None
     return site.model_copy(update={"cameras": tuple(beside(camera, path) for camera in site.cameras)})
 
 
@@ -291,7 +281,7 @@ def parse_camera(content: Mapping[str, Any]) -> Camera:
     try:
         return Camera.model_validate(content)
     except ValidationError as error:
-        raise _site_error(error, Camera) from None
+        raise site_error(error, Camera) from None
 
 
 def resolved_url(camera: Camera, environment: Mapping[str, str] = os.environ) -> str:
@@ -352,37 +342,3 @@ def _texts(content: object, where: str = ""):  # noqa: ANN202 - a generator of (
             yield from _texts(value, f"{where}[{i}]")
     elif isinstance(content, str):
         yield where, content
-
-
-def _site_error(error: ValidationError, root: type[BaseModel], prefix: str = "") -> SiteError:
-    first = error.errors()[0]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        reason = f"must be a known key{_closest(str(first['loc'][-1]), _keys_at(first['loc'][:-1], root))}"
-        return SiteError(f"{prefix}{where} {reason}", place=where, reason=reason)
-    # The input of a whole part may hold URLs; that of a value is what the user wrote.
-    is_private = isinstance(first["input"], (dict, list, BaseModel)) or "url" in where
-    got = "" if is_private else f", got {first['input']!r}"
-    reason = f"{first['msg'].removeprefix('Value error, ')}{got}"
-    return SiteError(f"{prefix}{where or 'site'}: {reason}", place=where, reason=reason)
-
-
-def _keys_at(place: tuple[int | str, ...], root: type[BaseModel]) -> list[str]:
-    parts: dict[str, type[BaseModel]] = {
-        "site": Place,
-        "model": Model,
-        "promise": Promise,
-        "steps": Steps,
-        "defaults": CameraDefaults,
-        "cameras": Camera,
-        "ingest": IngestSettings,
-        "api": Api,
-        "trace": Trace,
-    }
-    names = [part for part in place if isinstance(part, str)]
-    return list((parts[names[-1]] if names else root).model_fields)
-
-
-def _closest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

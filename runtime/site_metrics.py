@@ -6,17 +6,16 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .backends import TRITON
+from .capture_time import CaptureSource
 from .connection import State
 from .detector import backend_version
 from .live_site import LiveSite
 from .service import Service
-
-# How a camera's frames may be dated.
-TIME_SOURCES = ("rtcp_sr", "arrival")
 
 # Where events go. Brokers will be more.
 FILE_SINK = "file"
@@ -81,7 +80,7 @@ class SiteCollector:
             for one in State:
                 state.add_metric([name, str(one)], each["state"] == one)
             # A source that is no more is 0 and not absent: info metrics are joined by what is 1.
-            for one in TIME_SOURCES:
+            for one in get_args(CaptureSource):
                 source.add_metric([name, one], each.get("time_source") == one)
             if each.get("clock_offset_s") is not None:
                 offset.add_metric([name], each["clock_offset_s"])

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from .live_site import ConflictError, LiveSite, UnknownCameraError
 from .service import Service
 from .site_changes import SiteChange
-from .site_file import SiteError
+from .site_errors import SiteError
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 

@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .site_file import SiteError
+from .site_errors import SiteError
 
 # Longer lines would be broken anew; nobody asked for that.
 WIDTH = 1 << 16

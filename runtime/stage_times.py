@@ -49,9 +49,8 @@ class FrameRecord:
     people: int
     stages: tuple[Stage, ...]
     """In order of time; those of the detector are the whole batch's."""
-    captured_utc_s: float
-    e2e_s: float
-    """From capture to the events being written."""
+    e2e_s: float | None
+    """From capture to the events being written; None for recordings, which were captured long ago."""
 
 
 @dataclass
@@ -138,6 +137,5 @@ def frame_record(result: FrameResult, batch: tuple[Stage, ...], publish: Stage) 
         is_first=result.is_first,
         people=len(result.people),
         stages=stages,
-        captured_utc_s=frame.time.utc_s,
-        e2e_s=time.time() - frame.time.utc_s,
+        e2e_s=None if frame.time.source == "file" else time.time() - frame.time.utc_s,
     )

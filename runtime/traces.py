@@ -29,7 +29,7 @@ class TraceError(Exception):
     """Traces were asked for and cannot be had."""
 
 
-class _Dated(Protocol):
+class _Numbered(Protocol):
     @property
     def camera(self) -> str: ...
     @property
@@ -70,14 +70,14 @@ class FrameTracer:
         self._sample_every = sample_every
         self._seen: Counter[str] = Counter()
 
-    def begin(self, frame: _Dated, captured_utc_s: float) -> FrameTrace | None:
-        """Begin the trace of a frame that was captured then; None for most frames."""
+    def begin(self, frame: _Numbered, start_utc_s: float) -> FrameTrace | None:
+        """Begin the trace of a frame, at its capture; None for most frames."""
         from opentelemetry.context import Context
 
         self._seen[frame.camera] += 1
         if (self._seen[frame.camera] - 1) % self._sample_every:
             return None
-        span = self._tracer.start_span("frame", Context(), start_time=round(captured_utc_s * NS))
+        span = self._tracer.start_span("frame", Context(), start_time=round(start_utc_s * NS))
         # OTEL_TRACES_SAMPLER may say no.
         return FrameTrace(span) if span.is_recording() else None
 
@@ -101,7 +101,7 @@ class FrameTracer:
                 "psdiff.people": record.people,
             }
         )
-        trace.span.end(round((record.captured_utc_s + record.e2e_s) * NS))
+        trace.span.end(round((record.stages[-1].end_s + to_utc_s) * NS))
 
     def close(self) -> None:
         """Send what is left, for FLUSH_S at most."""

@@ -198,7 +198,8 @@ def test_what_the_api_tells_adds_up(serve, camera_files, run, tmp_path):
     assert "topsecret" not in metrics
 
 
-def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_path):
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_path, isolation):
     """Flat out: every frame is looked at, however long that takes."""
     made = {"creation_time": "2026-03-01T10:00:00.000000Z"}
     video = write_video(tmp_path / "clip.mp4", walk(40), fps=10, metadata=made)
@@ -206,12 +207,21 @@ def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_p
     folder.mkdir()
     for i, image in enumerate(walk(5, colour=GREEN)):
         Image.fromarray(image).save(folder / f"{i}.png")
-    site = site_of(tmp_path, {"clip": str(video), "pictures": str(folder)}, defaults={"pace": "flat_out"})
+    site = site_of(
+        tmp_path,
+        {"clip": str(video), "pictures": str(folder)},
+        defaults={"pace": "flat_out"},
+        ingest={"isolation": isolation},
+    )
     service = run(site)
     wait_for(lambda: [each["state"] for each in service.cameras()] == ["ended", "ended"])
     wait_for(lambda: [each["computed"] for each in service.cameras()] == [40, 5])
     assert service.is_ready
     wait_for(lambda: [service.totals.frames[name] for name in ("clip", "pictures")] == [40, 5])
+    assert service.faults() == []  # an end is none
+    # Captured long ago: that is no latency.
+    assert 'psdiff_frame_latency_seconds_count{stage="publish"}' in get(site, "/metrics")
+    assert 'psdiff_camera_time_source_info{camera="clip",source="file"} 1.0' in get(site, "/metrics")
     clip = [
         event
         for event in events_of(tmp_path)

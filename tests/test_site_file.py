@@ -10,7 +10,8 @@ from psdiff.__main__ import app
 from psdiff.runtime.elastic_steps import StepRange
 from psdiff.runtime.frame_queues import QueuePolicy
 from psdiff.runtime.playback import Playback
-from psdiff.runtime.site_file import Camera, Site, SiteError, load_site, resolved_url, shown
+from psdiff.runtime.site_errors import SiteError
+from psdiff.runtime.site_file import Camera, Site, load_site, resolved_url, shown
 from typer.testing import CliRunner
 
 EXAMPLE = """

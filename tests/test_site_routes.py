@@ -71,7 +71,10 @@ def test_secrets_are_neither_written_nor_told(run, file):
     ("camera", "content", "status", "path", "reason"),
     [
         ("yard", {}, 422, "url", "must be given for a new camera"),
-        ("yard", {"url": "file:///etc/passwd"}, 422, "url", "must begin with rtsp://"),
+        ("yard", {"url": "file:///etc/passwd"}, 422, "url", "must begin with one of rtsp://"),
+        ("yard", {"url": "clips/a.mp4"}, 422, "url", "files and devices are named in the file of the site"),
+        ("yard", {"url": "v4l2:///dev/video0"}, 422, "url", "files and devices are named in the file"),
+        ("yard", {"url": "http://169.254.169.254/x"}, 422, "url", "link-local or metadata address"),
         ("yard", {"url": "rtsp://${GATE_PASS}@evil/x"}, 422, "url", "secrets must be named in the file"),
         (
             "yard",
