@@ -39,14 +39,15 @@ def reported_errors() -> Iterator[None]:
     from .bundle import BundleError
     from .runtime.frames import ImageError, SourceError
     from .runtime.query import QueryError
-    from .runtime.site_file import SiteError
+    from .runtime.site_errors import SiteError
+    from .runtime.traces import TraceError
     from .runtime.triton_detector import ServerError
 
     try:
         yield
     except BundleError as error:
         fail(str(error), REFUSED)
-    except (UsageError, SourceError, ImageError, QueryError, SiteError) as error:
+    except (UsageError, SourceError, ImageError, QueryError, SiteError, TraceError) as error:
         fail(str(error), USAGE)
     except (OSError, ServerError) as error:
         fail(str(error), FAILED)

@@ -44,6 +44,10 @@ class FrameResult:
     """Of the whole batch."""
     late_s: float
     """How long after its deadline the frame was done; negative when in time."""
+    start_s: float
+    """When the computation began, by the monotonic clock."""
+    is_first: bool
+    """Of its batch."""
 
 
 class BatchLoop:
@@ -66,6 +70,7 @@ class BatchLoop:
         self._on_result = on_result
         self._stopping = threading.Event()
         self._waits: deque[float] = deque(maxlen=REMEMBERED)
+        self._beat_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="detector", daemon=True)
 
     def start(self) -> None:
@@ -82,6 +87,11 @@ class BatchLoop:
     def is_alive(self) -> bool:
         """Whether the thread works."""
         return self._thread.is_alive()
+
+    @property
+    def silent_s(self) -> float:
+        """For how long the thread has been busy with one batch, or worse."""
+        return time.monotonic() - self._beat_s
 
     def waits_s(self) -> list[float]:
         """How long the latest frames waited from their offer to their computation."""
@@ -120,12 +130,17 @@ class BatchLoop:
             found_in = list(zip(batch, people, strict=True))
         # One batch that fails (a server that went away, a device out of memory) must not end the site.
         except Exception:
-            logger.exception("a batch of %d frames at K = %d failed and is dropped", len(batch), steps)
+            logger.exception(
+                "a batch of %d frames at K = %d failed and is dropped",
+                len(batch),
+                steps,
+                extra={"err_code": "batch_failed"},
+            )
             self._queues.drop(batch, "failed")
             return
         end_s = time.monotonic()
         self._chooser.observe(steps, len(batch), end_s - start_s)
-        for frame, found in found_in:
+        for i, (frame, found) in enumerate(found_in):
             self._waits.append(start_s - frame.since_s)
             self._on_result(
                 FrameResult(
@@ -136,11 +151,14 @@ class BatchLoop:
                     queue_s=start_s - frame.since_s,
                     infer_s=end_s - start_s,
                     late_s=end_s - frame.deadline_s,
+                    start_s=start_s,
+                    is_first=i == 0,
                 )
             )
 
     def _run(self) -> None:
         while not self._stopping.is_set():
+            self._beat_s = time.monotonic()
             idle_s = self.work(time.monotonic())
             if idle_s > 0:
                 self._queues.wait(min(idle_s, LONGEST_SLEEP_S))

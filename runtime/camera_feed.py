@@ -48,6 +48,8 @@ class CameraFrame:
     """Seconds since the connection's first frame."""
     connection: int
     """Which connection brought it: sizes and clocks may differ between two."""
+    decode_s: float | None = None
+    """What the codec took; None where nobody measured. The conversion to RGB counts as waiting."""
 
 
 Offer = Callable[[CameraFrame, float, float], str | None]
@@ -68,6 +70,8 @@ class FeedSettings:
     """Frames a second that are offered; None for all."""
     playback: Playback = field(default_factory=Playback)
     trust_clock: Trust = "auto"
+    first_seq: int = 0
+    """Of the first frame, so that numbers stay unique where a camera is followed anew."""
 
 
 class Feed(Protocol):
@@ -121,6 +125,7 @@ class CameraFeed:
         self._connection = Connection(time.monotonic())
         self._counters = FeedCounters()
         self._connections = 0
+        self._time_source: str | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow, name=f"camera {self.camera}", daemon=True)
@@ -149,6 +154,7 @@ class CameraFeed:
                 "camera": self.camera,
                 "source": self._name,
                 "state": str(connection.state),
+                "state_s": round(now_s - connection.since_s, 3),
                 "reason": None if connection.reason is None else str(connection.reason),
                 "offline_s": None if offline_since_s is None else round(now_s - offline_since_s, 3),
                 "retry_in_s": None
@@ -159,6 +165,7 @@ class CameraFeed:
                 "decoded": self._counters.decoded,
                 "corrupt_packets": self._counters.corrupt_packets,
                 "skipped": dict(self._counters.skipped),
+                "time_source": self._time_source,
                 "clock_offset_s": self._clock.camera_offset_s,
                 "decoder": self._decoder,
             }
@@ -167,6 +174,7 @@ class CameraFeed:
         while not self._stopping.is_set():
             with self._lock:
                 self._connection.connect(time.monotonic())
+            crash: Exception | None = None
             try:
                 if self._stream():
                     if self._settings.playback.loop:
@@ -181,13 +189,19 @@ class CameraFeed:
                 reason, message = Reason.UNSUPPORTED, str(error)
             # A camera may send anything; what that breaks must not end the thread.
             except Exception as error:
-                reason, message = Reason.CRASHED, f"{type(error).__name__} in {self._name}"
-                logger.exception("%s: %s", self.camera, message)
+                reason, message, crash = Reason.CRASHED, f"{type(error).__name__} in {self._name}", error
             if self._stopping.is_set():
                 break
             with self._lock:
                 retry_s = self._connection.fail(reason, time.monotonic())
-            logger.warning("%s: %s; next try in %.1f s", self.camera, message, retry_s - time.monotonic())
+            logger.warning(
+                "%s: %s; next try in %.1f s",
+                self.camera,
+                message,
+                retry_s - time.monotonic(),
+                exc_info=crash,
+                extra={"camera": self.camera, "err_code": str(reason)},
+            )
             self._stopping.wait(max(0.0, retry_s - time.monotonic()))
         with self._lock:
             self._connection.disable(time.monotonic())
@@ -212,8 +226,9 @@ class CameraFeed:
                     self._counters.decoded += 1
                     self._counters.corrupt_packets = corrupt_before + source.corrupt_packets
                     self._decoder = source.decoder
-                    seq = self._counters.decoded - 1
+                    seq = self._settings.first_seq + self._counters.decoded - 1
                     captured = self._captured(source, decoded)
+                    self._time_source = captured.source
                     unwanted = self._unwanted(decoded, planned_s)
                     if unwanted is not None:
                         self._counters.skipped[unwanted] += 1
@@ -259,7 +274,9 @@ class CameraFeed:
         # From the capture where it is known. A way that is only assumed must not use up the promise.
         known = captured.source == "rtcp_sr"
         age_s = max(0.0, decoded.arrival.utc_s - captured.utc_s) if known else 0.0
-        frame = CameraFrame(self.camera, seq, image, captured, decoded.pts_s, self._connections)
+        frame = CameraFrame(
+            self.camera, seq, image, captured, decoded.pts_s, self._connections, decoded.decode_s
+        )
         unwanted = self._offer_frame(frame, now_s, now_s - age_s + self._settings.latency_s)
         if unwanted is not None:
             with self._lock:

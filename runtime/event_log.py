@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,16 +13,20 @@ from .events import DetectionEvent, TrackEvent
 # How much of a file is read at once, from its end, to find the last whole line.
 BLOCK = 65536
 
+# Less than this is called full before a write fails.
+LEAST_FREE_BYTES = 1 << 20
+
 
 class EventLog:
     """Appends events to FOLDER/events-YYYY-MM-DD.jsonl, by the day (UTC) on which they are written."""
 
     def __init__(self, folder: Path) -> None:
         """Raises OSError where the folder cannot be written."""
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._day = ""
         self._file = -1
+        # Events and probes come from different threads.
+        self._lock = threading.Lock()
         self._turn_to(_today())
 
     @property
@@ -34,7 +39,11 @@ class EventLog:
         lines = "".join(event.line() for event in events).encode()
         if not lines:
             return
-        if (day := _today()) != self._day:
+        with self._lock:
+            self._append(lines)
+
+    def _append(self, lines: bytes) -> None:
+        if (day := _today()) != self._day or not self._is_there():
             self._turn_to(day)
         size = os.fstat(self._file).st_size
         written = os.write(self._file, lines)
@@ -45,15 +54,39 @@ class EventLog:
                 f"events must fit on the disk, got {written} of {len(lines)} bytes into {self.path}"
             )
 
+    def fault(self) -> str | None:
+        """Why the next events could not be written; None where they could."""
+        try:
+            with self._lock:
+                if not self._is_there():
+                    self._turn_to(_today())
+                volume = os.fstatvfs(self._file)
+        except OSError as error:
+            return f"{self.path} cannot be written: {error.strerror}"
+        if volume.f_flag & os.ST_RDONLY:
+            return f"{self._folder} lies on a read-only volume"
+        if volume.f_bavail * volume.f_frsize < LEAST_FREE_BYTES:
+            return f"{self._folder} lies on a full volume"
+        return None
+
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
+    def _is_there(self) -> bool:
+        """Whether the file is open, and still the one by that name: events must not go to one that was deleted."""
+        try:
+            mine, there = os.fstat(self._file), self.path.stat()
+        except OSError:
+            return False
+        return os.path.samestat(mine, there)
+
     def _turn_to(self, day: str) -> None:
         self.close()
         self._day = day
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         _cut_half_line(self._file)
 

@@ -108,6 +108,8 @@ class EventData(BaseModel):
     """Absent in a run without query."""
     model: ModelRecord
     compute: Compute
+    trace_id: str | None = None
+    """32 hexadecimal digits, of frames that are traced; else absent."""
 
 
 class DetectionEvent(BaseModel):
@@ -129,7 +131,7 @@ class DetectionEvent(BaseModel):
         data = self.data
         parts = {"compute": data.compute, "det": data.det}
         inside = {name: _absent(part, "queue_ms", "warm", "track") for name, part in parts.items()}
-        without = dict.fromkeys(_absent(data, "match", "ts_uncertainty_ms"), True)
+        without = dict.fromkeys(_absent(data, "match", "ts_uncertainty_ms", "trace_id"), True)
         return self.model_dump_json(exclude={"data": without | inside}) + "\n"
 
 
@@ -233,6 +235,7 @@ def detection_event(
     model: ModelRecord,
     compute: Compute,
     site: str = "local",
+    trace_id: str | None = None,
 ) -> DetectionEvent:
     """Wrap one person found in a frame."""
     height, width = frame.image.shape[:2]
@@ -247,6 +250,7 @@ def detection_event(
         match=match,
         model=model,
         compute=compute,
+        trace_id=trace_id,
     )
     source = source_of(site, frame.camera)
     return DetectionEvent(source=source, subject=person.id, time=frame.time, data=data)

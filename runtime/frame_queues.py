@@ -60,6 +60,7 @@ class Account:
 
     offered: int = 0
     taken: int = 0
+    """Computed, or on the way there: it falls by those that are dropped after all."""
     dropped: Counter[DropReason] = field(default_factory=Counter)
 
 

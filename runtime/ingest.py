@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from .camera_feed import CameraFeed, Feed, FeedSettings, Offer
-from .connection import HostLimit
+from .connection import HostLimit, State
+
+# A connection takes its timeouts, and those of the cameras of its host before it.
+STUCK_S = 300.0
 
 
 class Ingest(Protocol):
@@ -17,6 +21,10 @@ class Ingest(Protocol):
 
     def pids(self) -> list[int]:
         """Of processes that follow cameras."""
+        ...
+
+    def is_well(self) -> bool:
+        """Whether processes that end are started again."""
         ...
 
     def close(self, timeout_s: float) -> bool:
@@ -38,6 +46,23 @@ class ThreadIngest:
         """None: threads alone."""
         return []
 
+    def is_well(self) -> bool:
+        """There are none."""
+        return True
+
     def close(self, timeout_s: float) -> bool:
         """Nothing is left."""
         return True
+
+
+def faults_of(ingest: Ingest, feeds: Iterable[Feed]) -> Iterator[str]:
+    """What is wrong with feeds that only a restart of the service mends."""
+    if not ingest.is_well():
+        yield "processes of cameras must be started again when they end, got one that nobody watches"
+    for feed in feeds:
+        status = feed.status()
+        is_waiting = status["state"] not in (State.CONNECTING, State.STALLED)
+        # A process has who watches over it; a thread that ended is gone.
+        has_ended = isinstance(feed, CameraFeed) and feed.join(0.0) and status["state"] != State.ENDED
+        if has_ended or (not is_waiting and status["state_s"] > STUCK_S):
+            yield f"camera {feed.camera} must be followed, got a thread that ended or hangs"

@@ -62,6 +62,7 @@ class FrameInSlot:
     connection: int
     now_s: float
     deadline_s: float
+    decode_s: float | None
 
 
 @dataclass(frozen=True)

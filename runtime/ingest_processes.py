@@ -62,6 +62,11 @@ class IngestWorker:
         return None if process is None or process.poll() is not None else process.pid
 
     @property
+    def is_watched(self) -> bool:
+        """Whether the process is started again when it dies."""
+        return self._watcher.is_alive()
+
+    @property
     def load(self) -> int:
         """Cameras that it follows."""
         return len(self._feeds)
@@ -173,7 +178,11 @@ class IngestWorker:
             with self._talking:
                 self._hang_up()
             logger.error(
-                "%s with %s ended with %s and is started again", self._name, ", ".join(self._feeds), code
+                "%s with %s ended with %s and is started again",
+                self._name,
+                ", ".join(self._feeds),
+                code,
+                extra={"err_code": f"{self._name} ended"},
             )
             for feed in list(self._feeds.values()):
                 feed.lose()
@@ -207,6 +216,10 @@ class ProcessIngest:
     def pids(self) -> list[int]:
         """Of the processes that are there."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def is_well(self) -> bool:
+        """Whether each process has who starts it again."""
+        return all(worker.is_watched for worker in self._workers)
 
     def close(self, timeout_s: float) -> bool:
         """End all processes; False where one had to be killed."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,6 +19,8 @@ from .camera_feed import CameraFeed, CameraFrame
 from .connection import HostLimit
 from .frame_slots import FrameSlots
 from .ingest_messages import Ended, Follow, FrameInSlot, Leave, Line, NewSlots, Report
+from .inherited_logs import configure_inherited_logs
+from .redaction import Redactor
 
 # How often feeds that may have ended are looked at.
 TICK_S = 0.1
@@ -48,7 +51,16 @@ class SlotWriter:
         height, width = frame.image.shape[:2]
         self._line.send(
             FrameInSlot(
-                slot, height, width, frame.seq, frame.time, frame.pts_s, frame.connection, now_s, deadline_s
+                slot,
+                height,
+                width,
+                frame.seq,
+                frame.time,
+                frame.pts_s,
+                frame.connection,
+                now_s,
+                deadline_s,
+                frame.decode_s,
             )
         )
         return None
@@ -66,7 +78,11 @@ class SlotWriter:
 class Worker:
     """Answers commands; the feeds work in threads of their own."""
 
-    def __init__(self, control: Line, limit: HostLimit) -> None:
+    def __init__(
+        self, control: Line, limit: HostLimit, learn: Callable[[str], None] = lambda url: None
+    ) -> None:
+        """learn: told of each camera's URL before it is followed."""
+        self._learn = learn
         self._control = control
         self._limit = limit
         self._feeds: dict[str, tuple[CameraFeed, SlotWriter, Line]] = {}
@@ -85,6 +101,7 @@ class Worker:
     def _answer(self, command: Follow | Leave | Report) -> dict[str, Any]:
         if isinstance(command, Follow):
             line = Line(socket.socket(fileno=self._control.receive_fd()))
+            self._learn(command.settings.url)
             writer = SlotWriter(line, command.num_slots, command.is_blocking)
             feed = CameraFeed(command.settings, writer.offer, self._limit)
             self._feeds[feed.camera] = feed, writer, line
@@ -118,8 +135,10 @@ def main(fd: int, connects_per_host: int) -> None:
     # Ctrl-C and service managers signal every process of a group; the service alone says when to end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    Worker(Line(socket.socket(fileno=fd)), HostLimit(connects_per_host)).run()
+    redactor = Redactor()
+    if not configure_inherited_logs(redactor):
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    Worker(Line(socket.socket(fileno=fd)), HostLimit(connects_per_host), redactor.learn_url).run()
     # Not sys.exit: threads may sit in a read of a camera that does not answer.
     os._exit(0)
 

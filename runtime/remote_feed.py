@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Protocol
 
 from .camera_feed import CameraFrame, FeedSettings, Offer
@@ -42,7 +43,8 @@ class RemoteFeed:
     ) -> None:
         """offer: called by a thread of this process. depth: of the queue behind it."""
         self.camera = settings.camera
-        self.follow = Follow(settings, is_blocking, depth + SPARE_SLOTS)
+        # Frames are numbered here, over all workers.
+        self.follow = Follow(replace(settings, first_seq=0), is_blocking, depth + SPARE_SLOTS)
         self.has_ended = False
         """Nothing more will come: the camera was left, or a recording is played out. New workers need not know."""
         self._offer = offer
@@ -58,7 +60,7 @@ class RemoteFeed:
         self._past_skipped: Counter[str] = Counter()
         self._past_reconnects: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
-        self._next_seq = self._connections = 0
+        self._next_seq, self._connections = settings.first_seq, 0
 
     def start(self) -> None:
         """Begin to connect."""
@@ -127,6 +129,7 @@ class RemoteFeed:
             "camera": self.camera,
             "source": parse_address(self.follow.settings.url).shown,
             "state": str(State.CONNECTING if self._lost_s is None else State.BACKOFF),
+            "state_s": 0.0,
             "reason": None if self._lost_s is None else str(Reason.CRASHED),
             "offline_s": None,
             "retry_in_s": None,
@@ -135,6 +138,7 @@ class RemoteFeed:
             "decoded": 0,
             "corrupt_packets": 0,
             "skipped": {},
+            "time_source": None,
             "clock_offset_s": None,
             "decoder": None,
         }
@@ -168,6 +172,7 @@ class RemoteFeed:
             message.time,
             message.pts_s,
             connections + message.connection,
+            message.decode_s,
         )
         with self._lock:
             self._received += 1

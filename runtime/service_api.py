@@ -1,20 +1,21 @@
-"""Health, metrics and cameras of a service over HTTP."""
+"""The HTTP server of a service: probes, metrics, cameras."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from .connection import State
+from .latency_histograms import LatencyHistograms
+from .live_site import LiveSite
 from .service import Service
+from .site_file import LOCAL
+from .site_metrics import SiteCollector
+from .site_routes import add_error_replies, error_reply, request_fault, site_routes
 
 # How long the server waits for requests under way when it is stopped.
 SHUTDOWN_S = 2
@@ -23,85 +24,16 @@ SHUTDOWN_S = 2
 START_S = 10.0
 
 
-class SiteCollector:
-    """What a service counts, as Prometheus wants it; read at each scrape, so that nothing is kept twice."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    def collect(self) -> Iterator[Metric]:
-        """Give every metric once."""
-        cameras = self._service.cameras()
-        state = GaugeMetricFamily(
-            "psdiff_camera_state", "1 for the state a camera is in", labels=["camera", "state"]
-        )
-        offset = GaugeMetricFamily(
-            "psdiff_camera_clock_offset_seconds", "The camera's clock minus ours", labels=["camera"]
-        )
-        dropped = CounterMetricFamily(
-            "psdiff_camera_frames_dropped", "Frames that nobody looked at", labels=["camera", "reason"]
-        )
-        reconnects = CounterMetricFamily(
-            "psdiff_camera_reconnects", "Connections that were lost or failed", labels=["camera", "reason"]
-        )
-        sums = {
-            "decoded": CounterMetricFamily("psdiff_camera_frames", "Frames decoded", labels=["camera"]),
-            "computed": CounterMetricFamily(
-                "psdiff_camera_frames_computed", "Frames looked at", labels=["camera"]
-            ),
-            "stalled_s": CounterMetricFamily(
-                "psdiff_camera_stall_seconds", "Time without frames though connected", labels=["camera"]
-            ),
-            "people": CounterMetricFamily("psdiff_detections", "People found", labels=["camera"]),
-        }
-        for each in cameras:
-            name = each["camera"]
-            for one in State:
-                state.add_metric([name, str(one)], each["state"] == one)
-            if each.get("clock_offset_s") is not None:
-                offset.add_metric([name], each["clock_offset_s"])
-            unseen = Counter(each.get("skipped", {})) + Counter(each.get("dropped", {}))
-            for reason, count in unseen.items():
-                dropped.add_metric([name, reason], count)
-            for reason, count in each.get("reconnects", {}).items():
-                reconnects.add_metric([name, reason], count)
-            for key, family in sums.items():
-                family.add_metric([name], each.get(key, 0))
-        yield from (state, offset, dropped, reconnects, *sums.values())
-        yield from self._totals()
-
-    def _totals(self) -> Iterator[Metric]:
-        totals = self._service.totals
-        steps = CounterMetricFamily("psdiff_ddim_steps", "Frames by their number of steps", labels=["steps"])
-        for k, count in sorted(totals.steps.items()):
-            steps.add_metric([str(k)], count)
-        late = CounterMetricFamily("psdiff_slo_miss", "Frames done after their deadline", labels=["camera"])
-        for camera, count in sorted(totals.late.items()):
-            late.add_metric([camera], count)
-        failed = CounterMetricFamily("psdiff_event_write_errors", "Frames whose events could not be written")
-        failed.add_metric([], totals.failed_writes)
-        yield from (steps, late, failed)
-
-
-def app_of(service: Service) -> FastAPI:
-    """The HTTP interface of a service."""
+def app_of(service: Service, live: LiveSite | None = None) -> FastAPI:
+    """The HTTP interface of a service. live: the file of its site; without it the site can only be looked at."""
     app = FastAPI(title="psdiff", docs_url=None, redoc_url=None, openapi_url=None)
     registry = CollectorRegistry()
-    registry.register(SiteCollector(service))
-
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/readyz")
-    @app.get("/startupz")
-    def readyz(response: Response) -> dict[str, str]:
-        response.status_code = 200 if service.is_ready else 503
-        return {"status": "ready" if service.is_ready else "not ready"}
-
-    @app.get("/api/v1/cameras")
-    def cameras() -> list[dict[str, Any]]:
-        return service.cameras()
+    registry.register(SiteCollector(service, live))
+    service.observers.append(LatencyHistograms(registry))
+    _add_guard(app, {*LOCAL, *service.site.api.hosts})
+    add_error_replies(app)
+    _add_probes(app, service)
+    app.include_router(site_routes(service, live))
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -110,17 +42,49 @@ def app_of(service: Service) -> FastAPI:
     return app
 
 
+def _add_guard(app: FastAPI, hosts: Collection[str]) -> None:
+    names = {host.lower() for host in hosts}
+
+    @app.middleware("http")
+    async def guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        fault = request_fault(request, names)
+        return error_reply(*fault) if fault is not None else await answer(request)
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    """healthz: restart it. readyz: it works, with or without cameras. startupz: it has started."""
+
+    @app.get("/healthz")
+    def healthz(response: Response) -> dict[str, object]:
+        faults = service.faults()
+        response.status_code = 503 if faults else 200
+        return {"status": "failed", "faults": faults} if faults else {"status": "ok"}
+
+    @app.get("/readyz")
+    def readyz(response: Response) -> dict[str, str]:
+        is_ready = service.is_ready
+        response.status_code = 200 if is_ready else 503
+        return {"status": "ready" if is_ready else "not ready"}
+
+    @app.get("/startupz")
+    def startupz(response: Response) -> dict[str, str]:
+        response.status_code = 200 if service.is_started else 503
+        return {"status": "started" if service.is_started else "starting"}
+
+
 class HttpServer:
     """uvicorn in a thread of its own."""
 
-    def __init__(self, service: Service, listen: str) -> None:
-        """listen: HOST:PORT."""
+    def __init__(self, service: Service, listen: str, live: LiveSite | None = None) -> None:
+        """listen: HOST:PORT. live: as in app_of."""
         host, _, port = listen.rpartition(":")
         config = uvicorn.Config(
-            app_of(service),
+            app_of(service, live),
             host=host,
             port=int(port),
             log_level="warning",
+            # Its own format would bypass that of the service.
+            log_config=None,
             access_log=False,
             timeout_graceful_shutdown=SHUTDOWN_S,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -20,16 +19,13 @@ from .elastic_steps import StepRange
 from .frame_queues import QueueMode, QueuePolicy
 from .frames import SourceError
 from .playback import Pace, Playback
+from .site_errors import SiteError, closest, site_error
 from .source_address import parse_address
 
 # In a camera's URL: ${NAME} is an environment variable, ${file:/run/secrets/gate} the text of a file.
 SECRET = re.compile(r"\$\{(?:file:(?P<file>[^}]+)|(?P<name>\w+))\}")
 LOCAL = ("127.0.0.1", "localhost")
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-class SiteError(Exception):
-    """The file does not describe a site."""
 
 
 class _Strict(BaseModel):
@@ -59,7 +55,7 @@ class Model(_Strict):
     def _known(cls, value: str) -> str:
         known = [*BACKENDS, TRITON]
         if value not in known:
-            raise ValueError(f"must be one of {', '.join(known)}{_closest(value, known)}")
+            raise ValueError(f"must be one of {', '.join(known)}{closest(value, known)}")
         return value
 
 
@@ -161,6 +157,8 @@ class Api(_Strict):
 
     listen: str = Field(default="127.0.0.1:8420", pattern=r"^[^:\s]+:\d+$")
     """This machine alone, as long as nobody is asked who they are: put a proxy with a login before it."""
+    hosts: tuple[str, ...] = ()
+    """Names by which browsers reach that proxy, where it hands them on (Host); requests for others are refused."""
 
     @field_validator("listen")
     @classmethod
@@ -171,6 +169,13 @@ class Api(_Strict):
                 f"must be an address of this machine ({', '.join(LOCAL)}), which a proxy may forward to"
             )
         return value
+
+
+class Trace(_Strict):
+    """OpenTelemetry; where traces go is said by OTEL_* in the environment."""
+
+    sample_every: int | None = Field(default=None, ge=1)
+    """One frame in so many of each camera; null for none."""
 
 
 class Site(_Strict):
@@ -184,6 +189,7 @@ class Site(_Strict):
     cameras: tuple[Camera, ...] = ()
     ingest: IngestSettings = IngestSettings()
     api: Api = Api()
+    trace: Trace = Trace()
 
     @model_validator(mode="after")
     def _different_cameras(self) -> Self:
@@ -236,25 +242,46 @@ class Site(_Strict):
 
 def load_site(path: Path) -> Site:
     """Read a site. Raises SiteError that names the file, the key, what is wanted, and the nearest known key."""
+    return parse_site(read_site(path), path)
+
+
+def read_site(path: Path) -> str:
+    """The text of a site's file. Raises SiteError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SiteError(f"site must be a YAML file, got {path}: {error}") from None
+
+
+def parse_site(text: str, path: Path) -> Site:
+    """The site that a text describes. path: what errors call it. Raises SiteError as load_site does."""
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise SiteError(f"{path} must be YAML, got {error}") from None
+        # A mark shows a line of the text, which may hold a login.
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "no YAML"
+        raise SiteError(f"{path} must be YAML, got {where}{problem}") from None
     if not isinstance(content, dict):
         raise SiteError(f"{path} must hold keys and values, got {type(content).__name__}")
     for where, value in _texts(content):
         if SECRET.search(value) and not re.fullmatch(r"cameras\[\d+\]\.url", where):
-            raise SiteError(f"{path}: {where}: secrets must stand in the url of a camera, got one here")
+            reason = "secrets must stand in the url of a camera, got one here"
+            raise SiteError(f"{path}: {where}: {reason}", place=where, reason=reason)
     try:
         site = Site.model_validate(content)
     except ValidationError as error:
-        raise SiteError(f"{path}: {_told(error)}") from None
-    folder = path.absolute().parent
-    return site.model_copy(update={"cameras": tuple(_beside(camera, folder) for camera in site.cameras)})
+        raise site_error(error, Site, f"{path}: ") from None
+    return site.model_copy(update={"cameras": tuple(beside(camera, path) for camera in site.cameras)})
+
+
+def parse_camera(content: Mapping[str, Any]) -> Camera:
+    """One camera. Raises SiteError, its place within the camera."""
+    try:
+        return Camera.model_validate(content)
+    except ValidationError as error:
+        raise site_error(error, Camera) from None
 
 
 def resolved_url(camera: Camera, environment: Mapping[str, str] = os.environ) -> str:
@@ -264,19 +291,22 @@ def resolved_url(camera: Camera, environment: Mapping[str, str] = os.environ) ->
         if match["name"]:
             if match["name"] not in environment:
                 raise SiteError(
-                    f"environment must hold {match['name']} for camera {camera.id}, got no such variable"
+                    f"environment must hold {match['name']} for camera {camera.id}, got no such variable",
+                    place="url",
                 )
             return quote(environment[match["name"]], safe="")
         try:
             return quote(Path(match["file"]).read_text(encoding="utf-8").strip(), safe="")
         except (OSError, UnicodeDecodeError) as error:
-            raise SiteError(f"secret of camera {camera.id} must be a text file, got {error}") from None
+            message = f"secret of camera {camera.id} must be a text file, got {error}"
+            raise SiteError(message, place="url") from None
 
     url = SECRET.sub(secret, camera.url)
     try:
         parse_address(url)
     except SourceError as error:
-        raise SiteError(f"url of camera {camera.id} {str(error).removeprefix('source ')}") from None
+        reason = str(error).removeprefix("source ")
+        raise SiteError(f"url of camera {camera.id} {reason}", place="url", reason=reason) from None
     return url
 
 
@@ -296,11 +326,11 @@ def _is_path(camera: Camera) -> bool:
     return parse_address(SECRET.sub("1", camera.url)).kind == "path"
 
 
-def _beside(camera: Camera, folder: Path) -> Camera:
+def beside(camera: Camera, file: Path) -> Camera:
     """The camera; a relative path begins at the folder of the site's file."""
     if "://" in camera.url:
         return camera
-    return camera.model_copy(update={"url": str(folder / camera.url)})
+    return camera.model_copy(update={"url": str(file.absolute().parent / camera.url)})
 
 
 def _texts(content: object, where: str = ""):  # noqa: ANN202 - a generator of (place, text)
@@ -312,38 +342,3 @@ def _texts(content: object, where: str = ""):  # noqa: ANN202 - a generator of (
             yield from _texts(value, f"{where}[{i}]")
     elif isinstance(content, str):
         yield where, content
-
-
-def _told(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        return f"{where} must be a known key{_closest(str(first['loc'][-1]), _keys_at(first['loc'][:-1]))}"
-    message = first["msg"].removeprefix("Value error, ")
-    # The input of a whole part may hold URLs; that of a value is what the user wrote.
-    got = (
-        ""
-        if isinstance(first["input"], (dict, list, BaseModel)) or "url" in where
-        else f", got {first['input']!r}"
-    )
-    return f"{where or 'site'}: {message}{got}"
-
-
-def _keys_at(place: tuple[int | str, ...]) -> list[str]:
-    parts: dict[str, type[BaseModel]] = {
-        "site": Place,
-        "model": Model,
-        "promise": Promise,
-        "steps": Steps,
-        "defaults": CameraDefaults,
-        "cameras": Camera,
-        "ingest": IngestSettings,
-        "api": Api,
-    }
-    names = [part for part in place if isinstance(part, str)]
-    return list((parts[names[-1]] if names else Site).model_fields)
-
-
-def _closest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

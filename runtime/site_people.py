@@ -45,6 +45,15 @@ class SitePeople:
         self._starts: dict[tuple[str, int], StartKind] = {}
         self._run = f"{int(time.time()):x}"
 
+    @property
+    def can_start_warm(self) -> bool:
+        """Whether there is what cameras need that want warm starts."""
+        return self._warm is not None
+
+    def follow_site(self, site: Site) -> None:
+        """Take the cameras of another site from now on. One wants a warm start only where can_start_warm."""
+        self._wants_warm = {camera.id: site.settings(camera).warm_start for camera in site.cameras}
+
     def detect(self, frames: Sequence[CameraFrame], steps: int) -> list[Detections]:
         """Find the people of a batch."""
         seeds = [frame_seed(frame.camera, frame.seq) for frame in frames]

@@ -30,7 +30,7 @@ _DEVICE = re.compile(r"/dev/(video\d+|v4l/by-(id|path)/[\w.:+-]+)")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 # Some cameras carry the login in the path or the query: /user=admin&password=secret&channel=1.sdp
-_LOGIN_FIELD = re.compile(r"(?i)(user(name)?|pass(word|wd)?|pwd|token|auth|key|secret)[=_:][^&/?;]*[&;]?")
+LOGIN_FIELD = re.compile(r"(?i)(user(name)?|pass(word|wd)?|pwd|token|auth|key|secret)[=_:][^&/?;]*[&;]?")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _location(url: SplitResult) -> str:
 
 def _without_login(text: str) -> str:
     """Path and query without the fields in which cameras take logins."""
-    return _LOGIN_FIELD.sub("", text).rstrip("?&")
+    return LOGIN_FIELD.sub("", text).rstrip("?&")
 
 
 def _path(path: Path) -> SourceAddress:

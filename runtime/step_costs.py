@@ -41,12 +41,19 @@ def cost_table(site: Site, manifest: Manifest, detector: PersonDetector) -> Cost
     return CostTable(measured_costs(detector, allowed_steps(site, manifest), site.model.max_batch))
 
 
+def warm_up(detector: PersonDetector, steps: int) -> None:
+    """Compute an empty picture: the first call compiles and allocates, and no camera shall wait for that."""
+    settings = detector.settings
+    if steps in settings.timesteps:
+        detector.detect([_empty(settings.width, settings.height)], steps)
+
+
 def measured_costs(
     detector: PersonDetector, allowed: StepRange, max_batch: int
 ) -> dict[tuple[int, int], float]:
     """(K, B) -> seconds of the fewest and the most steps, on one image and on a full batch."""
     settings = detector.settings
-    picture = np.full((settings.height, settings.width, 3), 114, np.uint8)
+    picture = _empty(settings.width, settings.height)
     # Two different K make a line; where one alone is allowed the next one, or the one below, is measured as well.
     other = allowed.most if allowed.most > allowed.least else _neighbour(allowed.least, settings.timesteps)
     costs = {}
@@ -55,6 +62,10 @@ def measured_costs(
             detector.detect([picture] * batch, steps)
             costs[steps, batch] = min(_seconds(detector, picture, batch, steps) for _ in range(COST_CALLS))
     return costs
+
+
+def _empty(width: int, height: int) -> Picture:
+    return np.full((height, width, 3), 114, np.uint8)
 
 
 def _neighbour(steps: int, timesteps: Container[int]) -> int:

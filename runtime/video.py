@@ -58,6 +58,8 @@ class Decoded(NamedTuple):
     """The camera's own clock at this frame, seconds since 1970, where it has told."""
     is_damaged: bool = False
     """Whether it shows something else than the camera saw; runtime.damage. Nobody may look for people in it."""
+    decode_s: float | None = None
+    """What the codec took for its packet."""
 
 
 class VideoSource:
@@ -85,6 +87,7 @@ class VideoSource:
         self.frames_dropped = 0
         self.frames_corrupt = 0
         self.corrupt_packets = 0
+        self._decode_s = 0.0
         self._read_timeout_s = read_timeout_s
         self._name = address.shown
         self._references: dict[int, float] = {}
@@ -178,7 +181,7 @@ class VideoSource:
                     self.frames_corrupt += is_damaged
                     arrival = Arrival(time.time(), time.monotonic())
                     reference_s = None if frame.pts is None else self._references.pop(frame.pts, None)
-                    yield Decoded(seq, frame, pts_s, arrival, reference_s, is_damaged)
+                    yield Decoded(seq, frame, pts_s, arrival, reference_s, is_damaged, self._decode_s)
 
     def _is_damaged(self, frame: av.VideoFrame, pts_s: float | None, seq: int) -> bool:
         time_s = seq / (self.fps_hint or USUAL_FPS) if pts_s is None else pts_s
@@ -195,12 +198,14 @@ class VideoSource:
         return float((frame.pts - self._start_pts) * self._stream.time_base)
 
     def _frames_of(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        began_s = time.monotonic()
         try:
             frames = self._decoder.decode(packet)
         except av.error.FFmpegError:
             self.corrupt_packets += 1
             self._damage.lose(None if packet is None else packet.pts)
             return []
+        self._decode_s = time.monotonic() - began_s
         # The decoder conceals what it can, and marks the frame.
         damaged = sum(frame.is_corrupt for frame in frames)
         self.corrupt_packets += max(damaged, int(packet is not None and packet.is_corrupt))

@@ -66,3 +66,42 @@ def test_a_full_disk_takes_no_half_line(tmp_path, monkeypatch):
     log.write([Line(2)])
     assert numbers(log.path) == [0, 2]
     log.close()
+
+
+def test_a_file_that_is_deleted_or_moved_away_is_begun_anew(tmp_path):
+    log = EventLog(tmp_path / "data")
+    log.write([Line(0)])
+    log.path.unlink()
+    log.write([Line(1)])
+    assert numbers(log.path) == [1]
+    # As logrotate does.
+    log.path.rename(tmp_path / "old")
+    log.write([Line(2)])
+    (tmp_path / "data").rename(tmp_path / "older")
+    log.write([Line(3)])
+    assert numbers(log.path) == [3]
+    assert log.fault() is None
+    log.close()
+
+
+def test_a_folder_that_cannot_be_written_is_a_fault_until_it_can(tmp_path):
+    folder = tmp_path / "data"
+    log = EventLog(folder)
+    assert log.fault() is None
+    folder.rename(tmp_path / "elsewhere")
+    folder.write_text("a file in the place of the folder")
+    assert "cannot be written" in log.fault()
+    with pytest.raises(OSError, match="data"):
+        log.write([Line(0)])
+    folder.unlink()
+    log.write([Line(1)])
+    assert log.fault() is None
+    assert numbers(log.path) == [1]
+    log.close()
+
+
+def test_a_volume_that_is_nearly_full_is_a_fault(tmp_path, monkeypatch):
+    log = EventLog(tmp_path)
+    monkeypatch.setattr(event_log, "LEAST_FREE_BYTES", 1 << 62)
+    assert "lies on a full volume" in log.fault()
+    log.close()

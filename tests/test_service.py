@@ -1,7 +1,9 @@
 """A site at work over real RTSP cameras: events, metrics, faults of one camera, and an end in order."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -193,11 +195,11 @@ def test_what_the_api_tells_adds_up(serve, camera_files, run, tmp_path):
     assert 'psdiff_camera_state{camera="gate",state="streaming"} 1.0' in metrics
     assert 'psdiff_camera_state{camera="away",state="backoff"} 1.0' in metrics
     assert 'psdiff_camera_reconnects_total{camera="away",reason="refused"}' in metrics
-    assert 'psdiff_ddim_steps_total{steps="1"}' in metrics
     assert "topsecret" not in metrics
 
 
-def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_path):
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_path, isolation):
     """Flat out: every frame is looked at, however long that takes."""
     made = {"creation_time": "2026-03-01T10:00:00.000000Z"}
     video = write_video(tmp_path / "clip.mp4", walk(40), fps=10, metadata=made)
@@ -205,12 +207,21 @@ def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_p
     folder.mkdir()
     for i, image in enumerate(walk(5, colour=GREEN)):
         Image.fromarray(image).save(folder / f"{i}.png")
-    site = site_of(tmp_path, {"clip": str(video), "pictures": str(folder)}, defaults={"pace": "flat_out"})
+    site = site_of(
+        tmp_path,
+        {"clip": str(video), "pictures": str(folder)},
+        defaults={"pace": "flat_out"},
+        ingest={"isolation": isolation},
+    )
     service = run(site)
     wait_for(lambda: [each["state"] for each in service.cameras()] == ["ended", "ended"])
     wait_for(lambda: [each["computed"] for each in service.cameras()] == [40, 5])
     assert service.is_ready
     wait_for(lambda: [service.totals.frames[name] for name in ("clip", "pictures")] == [40, 5])
+    assert service.faults() == []  # an end is none
+    # Captured long ago: that is no latency.
+    assert 'psdiff_frame_latency_seconds_count{stage="publish"}' in get(site, "/metrics")
+    assert 'psdiff_camera_time_source_info{camera="clip",source="file"} 1.0' in get(site, "/metrics")
     clip = [
         event
         for event in events_of(tmp_path)
@@ -221,6 +232,83 @@ def test_a_file_and_a_folder_are_cameras_until_they_end(camera_files, run, tmp_p
     assert {event["time"][:18] for event in clip} == {"2026-03-01T10:00:0"}
     assert 'psdiff_camera_state{camera="clip",state="ended"} 1.0' in get(site, "/metrics")
     assert [each["decoder"] for each in service.cameras()] == ["pyav-cpu", "pillow"]
+
+
+def test_a_detector_that_hangs_or_ends_makes_the_service_unhealthy(run, tmp_path, monkeypatch):
+    site = site_of(tmp_path, {})
+    service = run(site)
+    assert json.loads(get(site, "/healthz")) == {"status": "ok"}
+    monkeypatch.setattr("psdiff.runtime.service.STUCK_BATCH_S", -1.0)
+    with pytest.raises(urllib.error.HTTPError, match="503") as caught:
+        get(site, "/healthz")
+    assert "the detector must be done with a batch" in caught.value.read().decode()
+    monkeypatch.undo()
+    assert service.faults() == []
+    service._loop.stop(5)
+    assert len(service.faults()) == 1
+
+
+def test_a_camera_whose_thread_ends_makes_the_service_unhealthy_and_one_that_is_away_does_not(
+    run, tmp_path, monkeypatch
+):
+    site = site_of(tmp_path, {"away": "rtsp://127.0.0.1:9/x"}, ingest={"isolation": "thread"})
+    service = run(site)
+    wait_for(lambda: service.cameras()[0]["state"] == "backoff")
+    assert service.faults() == []
+    feed = service._feeds["away"]
+    feed.stop()
+    assert feed.join(5)
+    assert "camera away must be followed" in service.faults()[0]
+
+
+def test_ready_means_that_events_can_be_kept(run, tmp_path):
+    site = site_of(tmp_path, {})
+    service = run(site)
+    assert service.is_ready
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    (tmp_path / "data").write_text("a file in the place of the folder")
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(site, "/readyz")
+    assert json.loads(get(site, "/startupz"))["status"] == "started"
+    (tmp_path / "data").unlink()
+    assert service.is_ready
+
+
+def test_the_end_is_told_at_once_and_the_batch_under_way_is_finished(
+    serve, camera_files, detector, manifest, tmp_path
+):
+    url, _ = serve(camera_files[0])
+    site = site_of(tmp_path, {"gate": f"{url}/gate"})
+    service = Service(site, manifest, detector, TABLE)
+    http = HttpServer(service, site.api.listen)
+    http.start()
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(site, "/startupz")
+    detect, begun, go_on = service._loop._detect, threading.Event(), threading.Event()
+
+    def held(frames, steps):
+        begun.set()
+        assert go_on.wait(20)
+        return detect(frames, steps)
+
+    service._loop._detect = held
+    service.start()
+    assert get(site, "/readyz")
+    assert begun.wait(20)
+    ended = []
+    stopping = threading.Thread(target=lambda: ended.append(service.stop(10)))
+    stopping.start()
+    wait_for(lambda: not service.is_ready)
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        get(site, "/readyz")
+    assert get(site, "/startupz")
+    assert get(site, "/healthz")  # an end is no fault
+    go_on.set()
+    stopping.join(12)
+    http.stop()
+    assert ended == [True]
+    assert service.totals.frames["gate"] >= 1
+    assert events_of(tmp_path)
 
 
 def test_a_camera_that_dies_does_not_touch_the_other(serve, camera_files, run, tmp_path):
@@ -343,5 +431,53 @@ def test_the_program_serves_and_ends_in_order(serve, camera_files, tmp_path, shi
         program.kill()
         program.wait()
     text = (tmp_path / "log").read_text()
-    assert text.endswith("stopping\n")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert lines[-1]["event"] == "stopping"
     assert "Traceback" not in text
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_program_tells_systemd_and_ends_in_time_before_a_camera_that_does_not_answer(tmp_path, shipped):
+    """A camera that takes connections and says nothing holds its thread for longer than the end may take."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
+        cameras = {
+            "silent": f"rtsp://admin:topsecret@127.0.0.1:{silent.getsockname()[1]}/x",
+            "away": "rtsp://admin:topsecret@127.0.0.1:9/topsecret",
+        }
+        site = site_of(tmp_path, cameras)
+        path = tmp_path / "site.yaml"
+        path.write_text(yaml.safe_dump(site.model_dump(mode="json")))
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(60)
+        environment = os.environ | {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with (tmp_path / "log").open("w") as log:
+            command = [sys.executable, "-m", "psdiff", "serve", "-c", str(path)]
+            program = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=environment)
+        try:
+            assert systemd.recv(100) == b"READY=1"
+            assert json.loads(get(site, "/readyz"))["status"] == "ready"
+            states = [("connecting", None), ("backoff", "refused")]
+
+            def are_away():
+                told = json.loads(get(site, "/api/v1/cameras"))
+                return [(each["state"], each["reason"]) for each in told] == states
+
+            wait_for(are_away)
+            program.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            assert systemd.recv(100) == b"STOPPING=1"
+            assert program.wait(15) == 0, (tmp_path / "log").read_text()
+            assert time.monotonic() - began < 10
+        finally:
+            program.kill()
+            program.wait()
+    text = (tmp_path / "log").read_text()
+    assert "topsecret" not in text
+    lines = [json.loads(line) for line in text.splitlines()]
+    # Said by the process that follows cameras.
+    [away] = [line for line in lines if line.get("camera") == "away"]
+    assert (away["err_code"], away["level"]) == ("refused", "warning")
+    assert "rtsp://127.0.0.1:9/***" in away["event"]

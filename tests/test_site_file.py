@@ -1,14 +1,17 @@
 """The file of a site: strict, helpful, and tight-lipped about secrets."""
 
 import json
+from pathlib import Path
 
+import psdiff
 import pytest
 import yaml
 from psdiff.__main__ import app
 from psdiff.runtime.elastic_steps import StepRange
 from psdiff.runtime.frame_queues import QueuePolicy
 from psdiff.runtime.playback import Playback
-from psdiff.runtime.site_file import Camera, Site, SiteError, load_site, resolved_url, shown
+from psdiff.runtime.site_errors import SiteError
+from psdiff.runtime.site_file import Camera, Site, load_site, resolved_url, shown
 from typer.testing import CliRunner
 
 EXAMPLE = """
@@ -220,6 +223,12 @@ def test_what_show_prints_is_a_site_again(write, tmp_path):
     assert result.exit_code == 0
     again = load_site(write(result.stdout))
     assert again.promise == load_site(write(EXAMPLE)).promise
+
+
+def test_the_published_schema_is_the_one_of_the_code():
+    path = Path(psdiff.__file__).parent / "docs" / "site.schema.json"
+    published = json.loads(path.read_text())
+    assert published == Site.model_json_schema(), f"run psdiff config schema > {path}"
 
 
 def test_the_schema_is_that_of_the_file():

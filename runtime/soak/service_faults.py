@@ -21,7 +21,8 @@ import psutil
 import yaml
 
 from ..detector import shipped_bundle
-from ..site_file import Site, SiteError
+from ..site_errors import SiteError
+from ..site_file import Site
 from .network_faults import BACK_S
 from .stub_detector import MAX_STEPS
 from .watched_service import FaultError, WatchedService
