@@ -116,7 +116,13 @@ def _round(site: WatchedService) -> list[float]:
         proxy.cut()
         proxy.heal()
     _back_s(site)
+    # The frame may have been one of the old connection; only a camera that streams can stall.
+    site.wait(lambda: _stream(site), 60, "all cameras must stream")
     return list(seen_s.values())
+
+
+def _stream(site: WatchedService) -> bool:
+    return all(each["state"] == "streaming" for each in site.service.cameras())
 
 
 def _least(found: Sample, site: WatchedService) -> Sample:
