@@ -104,7 +104,8 @@ class BatchLoop:
             return LONGEST_SLEEP_S
         if due_s > now_s:
             return due_s - now_s
-        batch, steps = self._in_time(self._queues.take(now_s, self._chooser.least_s), now_s)
+        is_behind = self._queues.is_behind(now_s)
+        batch, steps = self._in_time(self._queues.take(now_s, self._chooser.least_s), now_s, is_behind)
         if batch:
             self._compute(batch, steps, now_s)
         else:
@@ -112,12 +113,14 @@ class BatchLoop:
         return 0.0
 
     def _in_time(
-        self, batch: list[Waiting[CameraFrame]], now_s: float
+        self, batch: list[Waiting[CameraFrame]], now_s: float, is_behind: bool
     ) -> tuple[list[Waiting[CameraFrame]], int]:
         """Choose K; drop the most urgent frames until there is one."""
         batch = sorted(batch, key=lambda frame: frame.deadline_s)
         for late in range(len(batch)):
-            steps = self._chooser.choose(batch[late].deadline_s - now_s, len(batch) - late)
+            steps = self._chooser.choose(
+                batch[late].deadline_s - now_s, len(batch) - late, is_behind=is_behind
+            )
             if steps is not None:
                 self._queues.drop(batch[:late], "deadline")
                 return batch[late:], steps

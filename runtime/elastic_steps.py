@@ -1,4 +1,4 @@
-"""How many denoising steps a batch gets: as many as its most urgent frame has time for.
+"""How many denoising steps a batch gets: as many as its most urgent frame, and the cameras' min_fps, have time for.
 
 What K steps take is known from psdiff bench --record (the manifest), and corrected by what they take now.
 """
@@ -96,19 +96,21 @@ class StepChooser:
         """What K steps on B images are expected to take now."""
         return self._correction * self._table.seconds(steps, batch)
 
-    def choose(self, slack_s: float, batch: int) -> int | None:
+    def choose(self, slack_s: float, batch: int, *, is_behind: bool = False) -> int | None:
         """K for B images of which the most urgent must be done in slack_s; None where the least is too much.
 
         Fewer steps are taken at once, more only after some batches that had time for them, one more at a time.
+        is_behind: a camera gets less than its min_fps, which goes before steps: there is one less.
         """
         fitting = [k for k in self._range() if self.expected_s(k, batch) <= slack_s]
         if not fitting:
             self._times_with_room = 0
             self._current = self._allowed.least
             return None
-        if fitting[-1] <= self._current:
+        most = max(self._allowed.least, self._current - 1) if is_behind else self._current
+        if is_behind or fitting[-1] <= most:
             self._times_with_room = 0
-            self._current = fitting[-1]
+            self._current = min(most, fitting[-1])
             return self._current
         wanted = self.expected_s(self._current + 1, batch) * (1 + self._allowed.reserve)
         self._times_with_room = self._times_with_room + 1 if wanted <= slack_s else 0

@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
+# How long a frame waits for those of other cameras to share its batch.
+WINDOW_S = 0.02
+
 QueueMode = Literal["freshest", "bounded", "every_frame"]
 DropReason = Literal["stale", "overflow", "deadline", "failed", "removed"]
 
@@ -69,6 +72,8 @@ class _Queue(Generic[Content]):
     policy: QueuePolicy
     served_s: float
     """When a frame of this camera was taken last."""
+    has_lost: bool = False
+    """Whether frames were dropped since then for want of time."""
     frames: deque[Waiting[Content]] = field(default_factory=deque)
 
 
@@ -118,10 +123,12 @@ class FrameQueues(Generic[Content]):
             account.offered += 1
             if queue.policy.mode == "freshest":
                 account.dropped["stale"] += len(queue.frames)
+                queue.has_lost |= bool(queue.frames)
                 queue.frames.clear()
             elif queue.policy.mode == "bounded" and len(queue.frames) >= queue.policy.depth:
                 queue.frames.popleft()
                 account.dropped["overflow"] += 1
+                queue.has_lost = True
             if queue.policy.mode == "every_frame":
                 deadline_s = math.inf
             if queue.frames:
@@ -149,6 +156,13 @@ class FrameQueues(Generic[Content]):
         """Sleep until something changes, at most timeout_s."""
         with self._changed:
             self._changed.wait(timeout_s)
+
+    def is_behind(self, now_s: float) -> bool:
+        """Whether a camera is served less often than its min_fps though it sends enough: its frames were dropped."""
+        with self._changed:
+            return any(
+                queue.has_lost and not self._is_served(queue, now_s) for queue in self._queues.values()
+            )
 
     def take(
         self, now_s: float, needed_s: Callable[[int], float] = lambda count: 0.0
@@ -178,7 +192,7 @@ class FrameQueues(Generic[Content]):
             for frame in batch:
                 queue = self._queues[frame.camera]
                 queue.frames.remove(frame)
-                queue.served_s = now_s
+                queue.served_s, queue.has_lost = now_s, False
                 self._accounts[frame.camera].taken += 1
             if batch:
                 self._changed.notify_all()
@@ -236,11 +250,13 @@ class FrameQueues(Generic[Content]):
         while queue.frames and now_s - queue.frames[0].since_s > queue.policy.max_staleness_s:
             frame = queue.frames.popleft()
             self._accounts[frame.camera].dropped["stale"] += 1
+            queue.has_lost = True
 
     def _drop_late(self, queue: _Queue[Content], done_s: float) -> None:
         for frame in [frame for frame in queue.frames if frame.deadline_s < done_s]:
             queue.frames.remove(frame)
             self._accounts[frame.camera].dropped["deadline"] += 1
+            queue.has_lost = True
 
     def _is_served(self, queue: _Queue[Content], now_s: float) -> bool:
         return now_s - queue.served_s <= 1 / queue.policy.min_fps if queue.policy.min_fps else True

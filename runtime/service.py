@@ -8,7 +8,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from ..bundle import Manifest
@@ -19,30 +18,18 @@ from .camera_feed import CameraFrame, Feed, FeedSettings
 from .connection import State
 from .elastic_steps import CostTable, StepChooser
 from .event_log import EventLog
-from .events import (
-    Compute,
-    DetectedPerson,
-    DetectionEvent,
-    TrackEvent,
-    detection_event,
-    model_record,
-)
+from .events import DetectionEvent, TrackEvent, model_record
 from .feed_history import FeedHistory
-from .frame_queues import FrameQueues
-from .frames import VideoFrame
+from .frame_queues import WINDOW_S, FrameQueues
 from .ingest import Ingest, ThreadIngest, faults_of
 from .ingest_processes import ProcessIngest, default_workers
-from .query import as_box
 from .site_changes import SiteChange, WantedCamera, change_between, wanted_cameras
 from .site_errors import SiteError
 from .site_file import Camera, Site
-from .site_people import SitePeople
+from .site_people import SitePeople, people_events
 from .stage_times import BatchStages, FrameRecord, Stage, frame_record
 from .step_costs import allowed_steps
 from .traces import FrameTrace, FrameTracer
-
-# How long a frame waits for those of other cameras to share its batch.
-WINDOW_S = 0.02
 
 # How long a change waits for the old connections of the cameras that it touches.
 LEAVE_S = 2.0
@@ -283,43 +270,12 @@ class Service:
         self.totals.people[frame.camera] += len(people)
         self.totals.late[frame.camera] += result.late_s > 0
         self.totals.steps[result.steps] += 1
-        picture = VideoFrame(
-            frame.camera,
-            frame.seq,
-            frame.pts_s,
-            frame.image,
-            datetime.fromtimestamp(frame.time.utc_s, UTC),
-            frame.time.source,
-            frame.time.uncertainty_s,
-        )
         followed = self._people.follow(frame, people)
-        compute = Compute(
-            steps=result.steps,
-            batch=result.batch,
-            infer_ms=1000 * result.infer_s,
-            queue_ms=1000 * result.queue_s,
-            warm=followed.warm,
-        )
         # A recording was captured long ago: its trace begins now.
         start_s = time.time() if frame.time.source == "file" else frame.time.utc_s
         trace = self._tracer.begin(frame, start_s) if self._tracer is not None else None
-        events = [
-            detection_event(
-                picture,
-                DetectedPerson(
-                    id=f"{frame.camera}:{frame.seq}:{i}",
-                    box=as_box(people.boxes_xyxy[i]),
-                    score=float(people.scores[i]),
-                    track=followed.tracks[i],
-                ),
-                match=None,
-                model=self.model,
-                compute=compute,
-                site=self.site.site.id,
-                trace_id=trace.trace_id if trace is not None else None,
-            )
-            for i in range(len(people))
-        ]
+        trace_id = None if trace is None else trace.trace_id
+        events = people_events(result, followed, self.model, self.site.site.id, trace_id)
         publish_s = time.monotonic()
         self._write([*events, *followed.ended])
         self._tell(result, Stage("publish", publish_s, time.monotonic()), trace)

@@ -84,7 +84,7 @@ class Promise(_Strict):
     dropped, and counted."""
     steps: Steps = Steps()
     min_fps: float = Field(default=1.0, ge=0)
-    """Every camera is served this often, whatever the others do."""
+    """Every camera is served this often, whatever the others do; steps are given up for it."""
 
 
 class CameraDefaults(_Strict):

@@ -1,4 +1,4 @@
-"""The people of a site from frame to frame: the detector with warm starts where a camera wants them, and tracks."""
+"""The people of a site: the detector with warm starts where a camera wants them, tracks, and events of both."""
 
 from __future__ import annotations
 
@@ -9,8 +9,22 @@ from typing import NamedTuple
 
 from ..models.detections import Detections
 from ..models.detector import Detector, PersonDetector
+from .batch_loop import FrameResult
 from .camera_feed import CameraFrame
-from .events import BestView, ModelRecord, TrackData, TrackEvent, TrackRecord, source_of
+from .events import (
+    BestView,
+    Compute,
+    DetectedPerson,
+    DetectionEvent,
+    ModelRecord,
+    TrackData,
+    TrackEvent,
+    TrackRecord,
+    detection_event,
+    source_of,
+)
+from .frames import VideoFrame
+from .query import as_box
 from .run import frame_seed
 from .site_file import Site
 from .tracks import CameraTracks, Track
@@ -129,3 +143,43 @@ class SitePeople:
                 model=self._model,
             ),
         )
+
+
+def people_events(
+    result: FrameResult, followed: Followed, model: ModelRecord, site_id: str, trace_id: str | None
+) -> list[DetectionEvent]:
+    """One event for each person of a frame."""
+    frame, people = result.frame, result.people
+    picture = VideoFrame(
+        frame.camera,
+        frame.seq,
+        frame.pts_s,
+        frame.image,
+        datetime.fromtimestamp(frame.time.utc_s, UTC),
+        frame.time.source,
+        frame.time.uncertainty_s,
+    )
+    compute = Compute(
+        steps=result.steps,
+        batch=result.batch,
+        infer_ms=1000 * result.infer_s,
+        queue_ms=1000 * result.queue_s,
+        warm=followed.warm,
+    )
+    return [
+        detection_event(
+            picture,
+            DetectedPerson(
+                id=f"{frame.camera}:{frame.seq}:{i}",
+                box=as_box(people.boxes_xyxy[i]),
+                score=float(people.scores[i]),
+                track=followed.tracks[i],
+            ),
+            match=None,
+            model=model,
+            compute=compute,
+            site=site_id,
+            trace_id=trace_id,
+        )
+        for i in range(len(people))
+    ]

@@ -21,12 +21,9 @@ from .camera_feed import CameraFeed, CameraFrame, FeedSettings
 from .connection import HostLimit
 from .detector import open_detector
 from .elastic_steps import CostTable, StepChooser, StepRange
-from .frame_queues import FrameQueues, QueuePolicy
+from .frame_queues import WINDOW_S, FrameQueues, QueuePolicy
 from .run import frame_seed
 from .step_costs import measured_costs
-
-# How long a frame waits for those of other cameras to share its batch.
-WINDOW_S = 0.02
 
 # A camera's thread ends within its read timeout.
 END_S = 10.0

@@ -54,6 +54,16 @@ def test_fewer_steps_come_at_once():
     assert each.choose(0.055, 1) == 1
 
 
+def test_a_camera_that_is_served_too_rarely_costs_steps():
+    each = chooser()
+    for _ in range(10):
+        each.choose(1.0, 1)
+    assert [each.choose(1.0, 1, is_behind=True) for _ in range(5)] == [3, 2, 1, 1, 1]
+    assert each.choose(0.01, 1, is_behind=True) is None
+    assert [each.choose(1.0, 1) for _ in range(10)] == [1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
+    assert each.choose(0.065, 1, is_behind=True) == 2, "time goes first"
+
+
 def test_a_single_batch_with_room_changes_nothing():
     each = chooser()
     chosen = [each.choose(slack_s, 1) for slack_s in (1.0, 0.055) * 10]

@@ -249,3 +249,19 @@ def test_a_camera_that_was_not_served_for_long_is_not_dropped_for_the_others():
     offer(each, "gate", "gate", 5.0, deadline_s=5.15)
     assert contents(each.take(5.0, lambda count: 0.1 * count)) == ["gate"]
     assert contents(each.take(5.1, lambda count: 0.1 * count)) == ["hall", "lift", "yard"]
+
+
+def test_a_camera_is_behind_when_its_frames_are_dropped_instead_of_taken():
+    queues = FrameQueues(1, 0.0)
+    queues.add("gate", QueuePolicy(depth=1, max_staleness_s=100.0, min_fps=1.0), 0.0)
+    queues.add("rare", QueuePolicy(min_fps=1.0), 0.0)
+    queues.offer("gate", "a", now_s=0.1, deadline_s=100.0)
+    assert not queues.is_behind(5.0), "it is slow, but nothing of it was dropped"
+    queues.offer("gate", "b", now_s=0.2, deadline_s=100.0)
+    assert not queues.is_behind(0.9), "it was served, or came, less than a second ago"
+    assert queues.is_behind(1.1)
+    assert [each.content for each in queues.take(1.2)] == ["b"]
+    assert not queues.is_behind(1.3)
+    queues.offer("gate", "late", now_s=2.0, deadline_s=2.1)
+    assert queues.take(2.5) == []
+    assert queues.is_behind(2.6)
