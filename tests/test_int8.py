@@ -414,7 +414,11 @@ def test_a_video_becomes_graphs_and_they_are_used(bundle, tmp_path, monkeypatch)
             "--frames and --target int8 must go together, got target int8, frames None",
         ),
         (["--frames", "."], 2, "--frames and --target int8 must go together, got target onnx, frames ."),
-        (["--target", "int8", "--frames", "none.mp4"], 2, "must be an existing file or folder, or an rtsp"),
+        (
+            ["--target", "int8", "--frames", "none.mp4"],
+            2,
+            "must be an existing file or folder, or the URL of a camera",
+        ),
         (["--target", "int8", "--frames", "empty"], 2, "must be a folder with images, got empty"),
         (["--target", "int8", "--frames", "damaged.mp4"], 2, "damaged.mp4"),
         (["--target", "int8", "--frames", "one"], 2, "frames must hold at least 2 pictures"),
