@@ -63,6 +63,7 @@ def serve(
         raise UsageError(
             f"psdiff serve must have fastapi and more, got {error}; run pip install psdiff[serve]"
         ) from None
+    from ..runtime.heaps import share_heaps
     from ..runtime.inherited_logs import tell_children
     from ..runtime.redaction import Redactor
     from ..runtime.service_start import open_service
@@ -71,6 +72,7 @@ def serve(
     from ..runtime.systemd import ServiceNotifier
     from ..runtime.traces import FrameTracer
 
+    share_heaps()
     redactor, logger = Redactor(), logging.getLogger(__name__)
     configure_logs(redactor, log_format.value, log_level.value)
     tell_children(log_format.value, log_level.value)

@@ -42,6 +42,8 @@ def soak(
 
     from rich.console import Console
 
+    from ..runtime.heaps import share_heaps
+
     try:
         from ..runtime.soak.endurance import endure
         from ..runtime.soak.report import document, table
@@ -49,6 +51,7 @@ def soak(
     except ImportError as error:
         raise UsageError(f"psdiff soak must have psutil, got {error}; run pip install psdiff[soak]") from None
 
+    share_heaps()
     changes = {"ingest": {"isolation": isolation}} if isolation else None
     with (
         _logged(out.with_suffix(".log")) as terminal,

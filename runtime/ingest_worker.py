@@ -18,6 +18,7 @@ from typing import Any
 from .camera_feed import CameraFeed, CameraFrame
 from .connection import HostLimit
 from .frame_slots import FrameSlots
+from .heaps import share_heaps
 from .ingest_messages import Ended, Follow, FrameInSlot, Leave, Line, NewSlots, Report
 from .inherited_logs import configure_inherited_logs
 from .redaction import Redactor
@@ -135,6 +136,7 @@ def main(fd: int, connects_per_host: int) -> None:
     # Ctrl-C and service managers signal every process of a group; the service alone says when to end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    share_heaps()
     redactor = Redactor()
     if not configure_inherited_logs(redactor):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
