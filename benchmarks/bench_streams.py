@@ -21,6 +21,7 @@ from rich.table import Table
 if __name__ == "__main__" and not __package__:
     __package__ = "psdiff.benchmarks"
 
+from ..runtime.inherited_logs import tell_children
 from ..runtime.soak.clips import write_clip
 from ..runtime.soak.servers import ServerMissingError
 from . import stream_faults, stream_load
@@ -52,6 +53,7 @@ def main(
         raise typer.BadParameter(f"part must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     # The service tells every lost connection; here they are lost on purpose.
     logging.getLogger("psdiff").setLevel(logging.CRITICAL)
+    tell_children("text", "critical")
     missed = []
     with tempfile.TemporaryDirectory() as folder, progress() as advance:
         setting = Setting(
