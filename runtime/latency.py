@@ -6,17 +6,16 @@ import itertools
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle import Latency, Manifest, write_manifest
-from ..models.detections import Float32Array
 from ..models.detector import Detector
 from ..models.preprocess import Frame
-from ..models.sampling import Engine, Features, StepOutput
+from .noted_engine import NotedEngine
 
 # Graphs are compiled, and pages touched, in the first calls.
 WARM_UP_CALLS = 3
@@ -68,56 +67,26 @@ class OpenLoop:
     """Frames not begun when the last one arrived: it grows with the length of the run where the rate is too high."""
 
 
-@dataclass
-class _TimedEngine:
-    """An engine that notes how long each of its calls took."""
-
-    engine: Engine
-    backbone_s: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-
-    def backbone(self, images: NDArray[np.uint8]) -> Features:
-        """As Engine.backbone."""
-        began = time.perf_counter()
-        features = self.engine.backbone(images)
-        self.backbone_s.append(time.perf_counter() - began)
-        return features
-
-    def denoise_step(
-        self,
-        features: Features,
-        boxes_t: Float32Array,
-        emb_t: Float32Array,
-        t: NDArray[np.int64],
-        t_next: NDArray[np.int64],
-    ) -> StepOutput:
-        """As Engine.denoise_step."""
-        began = time.perf_counter()
-        output = self.engine.denoise_step(features, boxes_t, emb_t, t, t_next)
-        self.step_s.append(time.perf_counter() - began)
-        return output
-
-
 def closed_loop(detector: Detector, frame: Frame, *, steps: int, batch: int, seconds: float) -> ClosedLoop:
     """Detect in the same frames again and again for a while.
 
     frame: RGB uint8 (height, width, 3), `batch` times a call. Raises ValueError on steps that the bundle lacks.
     """
-    engine = _TimedEngine(detector.engine)
+    engine = NotedEngine(detector.engine)
     timed = Detector(engine, detector.settings)
     frames = [frame] * batch
     for _ in range(WARM_UP_CALLS):
         timed.detect(frames, steps)
-    engine.backbone_s.clear()
-    engine.step_s.clear()
+    engine.calls.clear()
     totals = []
     began = time.perf_counter()
     while not totals or (time.perf_counter() - began < seconds and len(totals) < MOST_CALLS):
         start = time.perf_counter()
         timed.detect(frames, steps)
         totals.append(time.perf_counter() - start)
-    total, backbone = np.array(totals), np.array(engine.backbone_s)
-    denoising = np.array(engine.step_s).reshape(len(total), steps).sum(axis=1)
+    total = np.array(totals)
+    parts = np.diff(engine.calls).reshape(len(total), 1 + steps)
+    backbone, denoising = parts[:, 0], parts[:, 1:].sum(axis=1)
     return ClosedLoop(
         steps=steps,
         batch=batch,

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ..models.detections import Detections, Float32Array
+from ..models.detections import Detections
 from ..models.detector import Detector, PersonDetector
-from ..models.sampling import Engine, Features, StepOutput
 from .batch_loop import FrameResult
 from .camera_feed import CameraFrame
+from .noted_engine import NotedEngine
 
 StageName = Literal["decode", "queue", "preprocess", "backbone", "cdl", "post", "infer", "publish", "e2e"]
 
@@ -53,46 +50,16 @@ class FrameRecord:
     """From capture to the events being written; None for recordings, which were captured long ago."""
 
 
-@dataclass
-class _NotedEngine:
-    """An engine that notes when its calls began and ended."""
-
-    engine: Engine
-    calls: list[tuple[float, float]] = field(default_factory=list)
-    """Of the batch under way: the backbone, then a step each."""
-
-    def backbone(self, images: NDArray[np.uint8]) -> Features:
-        """As Engine.backbone."""
-        start_s = time.monotonic()
-        features = self.engine.backbone(images)
-        self.calls.append((start_s, time.monotonic()))
-        return features
-
-    def denoise_step(
-        self,
-        features: Features,
-        boxes_t: Float32Array,
-        emb_t: Float32Array,
-        t: NDArray[np.int64],
-        t_next: NDArray[np.int64],
-    ) -> StepOutput:
-        """As Engine.denoise_step."""
-        start_s = time.monotonic()
-        output = self.engine.denoise_step(features, boxes_t, emb_t, t, t_next)
-        self.calls.append((start_s, time.monotonic()))
-        return output
-
-
 class BatchStages:
     """The stages of the latest batch; for the detector's thread alone."""
 
     def __init__(self, detector: PersonDetector) -> None:
-        self._noted: _NotedEngine | None = None
+        self._noted: NotedEngine | None = None
         self.detector = detector
         """What to detect with, so that its stages are noted."""
         self.latest: tuple[Stage, ...] = ()
         if isinstance(detector, Detector):
-            self._noted = _NotedEngine(detector.engine)
+            self._noted = NotedEngine(detector.engine)
             self.detector = Detector(self._noted, detector.settings)
 
     def around(
