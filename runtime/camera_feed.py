@@ -214,6 +214,8 @@ class CameraFeed:
                 return False
             source = open_playback(self._address, self.camera, playback, OPEN_TIMEOUT_S, READ_TIMEOUT_S)
         self._connections += 1
+        with self._lock:
+            self._clock.begin_connection()
         corrupt_before = self._counters.corrupt_packets
         planned_s = 0.0
         with source:

@@ -82,6 +82,11 @@ class CaptureClock:
         """The camera's clock minus ours, as the latest references say; None without any."""
         return statistics.median(self._offsets) if self._offsets else None
 
+    def begin_connection(self) -> None:
+        """PTS that follow have nothing to do with those before, however well they may seem to go on."""
+        self._start_timeline()
+        self._last_pts_s = None
+
     def time_of(self, pts_s: float | None, arrival: Arrival, reference_s: float | None = None) -> CaptureTime:
         """The capture time of the next frame.
 

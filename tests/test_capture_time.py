@@ -41,6 +41,21 @@ def test_a_camera_that_tells_its_clock_is_believed():
     assert_forward(times)
 
 
+def test_a_report_of_one_connection_says_nothing_about_the_next():
+    """The first was lost after three frames, so that the PTS of the second seem to go on."""
+    clock = CaptureClock()
+    before = play(clock, 3)
+    assert before[-1][1].source == "rtcp_sr"
+    clock.begin_connection()
+    assert clock.camera_offset_s is None
+    after = play(clock, 30, start=NOON + 5.0, references=False)
+    assert {each.source for _, each in after} == {"arrival"}
+    assert all(
+        abs(error) <= each.uncertainty_s for (_, each), error in zip(after, errors(after), strict=True)
+    )
+    assert_forward(before, after)
+
+
 def test_without_a_report_the_error_stays_within_what_is_said():
     times = play(CaptureClock(), 100, references=False, jitter=np.random.default_rng(0).exponential(0.2, 100))
     assert {each.source for _, each in times} == {"arrival"}
