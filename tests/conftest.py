@@ -254,6 +254,41 @@ def serve():
         process.communicate()
 
 
+@pytest.fixture(scope="session")
+def camera_files(tmp_path_factory):
+    """Two cameras; somebody red walks through the one, somebody green through the other."""
+    folder = tmp_path_factory.mktemp("cameras")
+    options = {"crf": "20", "g": "5", "bf": "0"}
+    return [
+        write_video(folder / "gate.mp4", walk(150), fps=15, options=options),
+        write_video(folder / "hall.mp4", walk(150, colour=GREEN, start=20), fps=15, options=options),
+    ]
+
+
+@pytest.fixture
+def run(detector, manifest):
+    """Start services that are stopped at the end, each with its HTTP server."""
+    pytest.importorskip("fastapi", reason="fastapi is not installed")
+    from psdiff.runtime.elastic_steps import CostTable
+    from psdiff.runtime.service import Service
+    from psdiff.runtime.service_api import HttpServer
+
+    table, started = CostTable({(1, 1): 0.005, (4, 1): 0.01}), []
+
+    def start(site):
+        service = Service(site, manifest, detector, table)
+        http = HttpServer(service, site.api.listen)
+        http.start()
+        service.start()
+        started.append((service, http))
+        return service
+
+    yield start
+    for service, http in started:
+        assert service.stop(10)
+        http.stop()
+
+
 def write_tiny_graphs(folder):
     """backbone: four strided views of the image. denoise_step: box i lies around emb_t's first value."""
     from onnx import TensorProto, checker, helper, numpy_helper, save

@@ -30,17 +30,6 @@ from psdiff.runtime.service_api import HttpServer
 TABLE = CostTable({(1, 1): 0.005, (4, 1): 0.01})
 
 
-@pytest.fixture(scope="module")
-def camera_files(tmp_path_factory):
-    """Two cameras; somebody red walks through the one, somebody green through the other."""
-    folder = tmp_path_factory.mktemp("cameras")
-    options = {"crf": "20", "g": "5", "bf": "0"}
-    return [
-        write_video(folder / "gate.mp4", walk(150), fps=15, options=options),
-        write_video(folder / "hall.mp4", walk(150, colour=GREEN, start=20), fps=15, options=options),
-    ]
-
-
 def site_of(tmp_path, urls, **changes):
     cameras = [{"id": name, "url": url} for name, url in urls.items()]
     content = {
@@ -51,25 +40,6 @@ def site_of(tmp_path, urls, **changes):
         "api": {"listen": f"127.0.0.1:{free_ports(1)[0]}"},
     }
     return Site.model_validate(content | changes)
-
-
-@pytest.fixture
-def run(detector, manifest):
-    """Start services that are stopped at the end, each with its HTTP server."""
-    started = []
-
-    def start(site):
-        service = Service(site, manifest, detector, TABLE)
-        http = HttpServer(service, site.api.listen)
-        http.start()
-        service.start()
-        started.append((service, http))
-        return service
-
-    yield start
-    for service, http in started:
-        assert service.stop(10)
-        http.stop()
 
 
 def get(site, path):

@@ -5,42 +5,11 @@ import re
 import time
 
 import pytest
-from conftest import GREEN, walk, write_video
 from psdiff.runtime.detector import backend_version
 from psdiff.runtime.service import Service
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
-from psdiff.runtime.service_api import HttpServer
 from test_service import TABLE, events_of, get, site_of, wait_for
-
-
-@pytest.fixture(scope="module")
-def camera_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cameras")
-    options = {"crf": "20", "g": "5", "bf": "0"}
-    return [
-        write_video(folder / "gate.mp4", walk(150), fps=15, options=options),
-        write_video(folder / "hall.mp4", walk(150, colour=GREEN, start=20), fps=15, options=options),
-    ]
-
-
-@pytest.fixture
-def run(detector, manifest):
-    """Start services that are stopped at the end, each with its HTTP server."""
-    started = []
-
-    def start(site):
-        service = Service(site, manifest, detector, TABLE)
-        http = HttpServer(service, site.api.listen)
-        http.start()
-        service.start()
-        started.append((service, http))
-        return service
-
-    yield start
-    for service, http in started:
-        assert service.stop(10)
-        http.stop()
 
 
 def samples(site):
