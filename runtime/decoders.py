@@ -48,6 +48,10 @@ def probe_decoders() -> tuple[DecoderFinding, ...]:
     return (_pynvvideocodec(), _nvv4l2(), _pyav("cuda"), _pyav("vaapi"), _cpu())
 
 
+class DeviceError(Exception):
+    """A device cannot decode a stream; the text says why."""
+
+
 def device_of(choice: DecoderChoice) -> str | None:
     """Which device of FFmpeg to decode on; None is the CPU. auto: the first that is usable."""
     if choice == "cpu":
@@ -75,8 +79,8 @@ class StreamDecoder:
             return
         try:
             self.use(open_on_device(stream, device), f"pyav-{device}")
-        except (av.error.FFmpegError, NotImplementedError) as error:
-            announce(f"pyav-{device}", str(getattr(error, "strerror", None) or error))
+        except DeviceError as error:
+            announce(f"pyav-{device}", str(error))
 
     def use(self, device: VideoCodecContext, name: str) -> None:
         """Decode with another context, as long as it works."""
@@ -121,15 +125,22 @@ def open_on_device(stream: VideoStream, device: str | None) -> VideoCodecContext
     """A decoder of its own for a stream, on a device of FFmpeg (None: the CPU); frames come back to main memory.
 
     Apart from the stream's own decoder, so that a device that fails does not cost the connection. Raises
-    FFmpegError where the device is not there, NotImplementedError where it does not take the codec.
+    DeviceError where the device is not there, or does not take the codec.
     """
     # One CUDA context for all cameras of a process: each of its own takes hundreds of megabytes of the GPU.
     options: dict[str, object] = {"primary_ctx": "1"} if device == "cuda" else {}
-    accelerator = None if device is None else HWAccel(device, allow_software_fallback=False, options=options)
-    context = av.CodecContext.create(stream.codec_context.codec.name, "r", accelerator)
+    try:
+        accelerator = (
+            None if device is None else HWAccel(device, allow_software_fallback=False, options=options)
+        )
+        context = av.CodecContext.create(stream.codec_context.codec.name, "r", accelerator)
+    except av.error.FFmpegError as error:
+        raise DeviceError(error.strerror or str(error)) from None
+    except NotImplementedError as error:  # PyAV's word for a device or codec that its FFmpeg does not have
+        raise DeviceError(str(error)) from None
     assert isinstance(context, VideoCodecContext)
     if device is not None and not context.is_hwaccel:
-        raise NotImplementedError(f"this FFmpeg does not decode {context.codec.name} there")
+        raise DeviceError(f"this FFmpeg does not decode {context.codec.name} there")
     context.extradata = stream.codec_context.extradata
     return context
 
