@@ -15,7 +15,7 @@ PYTHON=${PYTHON:-python3}
 PYTRITON=0.7.0 # tritonserver 2.51
 RTSP_PACKAGES=(
   gir1.2-gst-rtsp-server-1.0 python3-gi gstreamer1.0-plugins-base gstreamer1.0-plugins-good
-  gstreamer1.0-plugins-ugly gstreamer1.0-rtsp
+  gstreamer1.0-plugins-bad gstreamer1.0-plugins-ugly gstreamer1.0-rtsp
 )
 
 fail() {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, Self
 
@@ -95,7 +96,8 @@ class VideoSource:
             self._container = open_recording(address)
         else:
             self._container = open_camera(address, open_timeout_s, read_timeout_s, transport)
-        try:
+        with ExitStack() as opened:
+            opened.callback(self._container.close)
             self.is_live = is_live(address, self._container)
             self.comes_in_segments = comes_in_segments(self._container)
             self._has_timestamps = has_timestamps(self._container)
@@ -104,6 +106,7 @@ class VideoSource:
             # slices switch FFmpeg's search for damage off, so that smeared pictures would count as whole.
             self._stream.thread_type = ThreadType.NONE if self.is_live else ThreadType.AUTO
             self._decoder = StreamDecoder(self._stream, decoder if self.is_live else "cpu")
+            opened.callback(self._decoder.close)
             self.created = None if self.is_live else _creation_time(self._container, self._stream)
             self.fps_hint = _fps(self._stream)
             self.num_frames_hint = (
@@ -120,9 +123,7 @@ class VideoSource:
                 raise SourceError(
                     f"source must hold a frame that can be decoded, got {found} in {self._name}"
                 )
-        except BaseException:
-            self._container.close()
-            raise
+            self._opened = opened.pop_all()
 
     @property
     def decoder(self) -> str:
@@ -162,7 +163,7 @@ class VideoSource:
         """Close the file or connection."""
         self._first = None
         self._decoded.close()
-        self._container.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self

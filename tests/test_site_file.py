@@ -95,7 +95,10 @@ def test_a_warm_start_is_wanted_camera_by_camera_and_off_by_default(write):
             "cameras: [{id: a, url: 'a.mp4', pace: fast}]",
             r"cameras\[0\]\.pace: Input should be 'real_time' or",
         ),
-        ("defaults: {decoder: gpu}", r"defaults\.decoder: Input should be 'auto', 'cpu', 'cuda' or 'vaapi'"),
+        (
+            "defaults: {decoder: gpu}",
+            r"defaults\.decoder: Input should be 'auto', 'cpu', 'pynvvideocodec', 'nvv4l2', 'cuda' or 'vaapi'",
+        ),
         ("api: {listen: here}", r"api\.listen: String should match pattern"),
         ("site: {id: '${NAME}'}", r"site\.id: secrets must stand in the url of a camera, got one here"),
         (
