@@ -52,7 +52,7 @@ class DetectedPerson(BaseModel):
     """One box of one frame."""
 
     id: str
-    """camera:frame_seq:rank; the same in every run over the same source."""
+    """camera:frame_seq:rank, the same in every run over the same source; of a service camera:start:frame_seq:rank."""
     box: tuple[Pixels, Pixels, Pixels, Pixels]
     """x1, y1, x2, y2 in frame pixels."""
     score: Ratio

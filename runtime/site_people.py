@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import count
 from typing import NamedTuple
 
 from ..models.detections import Detections
@@ -34,6 +35,8 @@ from .warm_start import Shot, StartKind, WarmDetector
 class Followed(NamedTuple):
     """What is known of the people of one frame because of the frames before."""
 
+    start: str
+    """Tells the service from those before it, whose frames had the same numbers."""
     tracks: Sequence[TrackRecord]
     """That of each detection."""
     warm: bool | None
@@ -57,7 +60,9 @@ class SitePeople:
             self._warm = WarmDetector(detector)
         self._tracks: dict[str, CameraTracks] = {}
         self._starts: dict[tuple[str, int], StartKind] = {}
-        self._run = f"{int(time.time()):x}"
+        self._start = f"{time.time_ns() // 1_000_000:x}"
+        # One row of numbers for all: a camera that is changed, or taken away and added again, begins no new one.
+        self._numbers = count(1)
 
     @property
     def can_start_warm(self) -> bool:
@@ -100,6 +105,7 @@ class SitePeople:
         start = self._starts.pop((frame.camera, frame.seq), "off")
         records = [self._record(frame.camera, track) for track in tracks]
         return Followed(
+            self._start,
             records,
             None if start == "off" else start == "warm",
             [self._ended(frame.camera, track) for track in ended],
@@ -117,11 +123,11 @@ class SitePeople:
         return [event for camera in list(self._tracks) for event in self.remove(camera)]
 
     def _tracks_of(self, camera: str) -> CameraTracks:
-        return self._tracks.setdefault(camera, CameraTracks())
+        return self._tracks.setdefault(camera, CameraTracks(numbers=self._numbers))
 
     def _record(self, camera: str, track: Track, *, is_over: bool = False) -> TrackRecord:
         return TrackRecord(
-            id=f"{camera}:{self._run}:{track.number}",
+            id=f"{camera}:{self._start}:{track.number}",
             state="end" if is_over else "new" if track.votes == 1 else "update",
             votes=track.votes,
         )
@@ -170,7 +176,7 @@ def people_events(
         detection_event(
             picture,
             DetectedPerson(
-                id=f"{frame.camera}:{frame.seq}:{i}",
+                id=f"{frame.camera}:{followed.start}:{frame.seq}:{i}",
                 box=as_box(people.boxes_xyxy[i]),
                 score=float(people.scores[i]),
                 track=followed.tracks[i],

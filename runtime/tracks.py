@@ -13,7 +13,8 @@ Legend: n detections, m tracks, E embedding dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +56,7 @@ class Track:
     """One person before one camera. Its size does not grow with the time it lives."""
 
     def __init__(self, number: int, view: View, embedding: Float32Array) -> None:
-        """number: of this camera, counted from 1. embedding: (E,) unit."""
+        """number: tells it from others. embedding: (E,) unit."""
         self.number = number
         self.first = self.last = self.best = view
         self.votes = 0
@@ -102,14 +103,17 @@ class Association(NamedTuple):
 class CameraTracks:
     """The tracks of one camera. Memory is bounded: at most `most` tracks of constant size."""
 
-    def __init__(self, gap_s: float = 2.0, most: int = 128) -> None:
-        """gap_s: a track that was not seen for longer ends. most: beyond, those unseen for the longest time end."""
+    def __init__(self, gap_s: float = 2.0, most: int = 128, numbers: Iterator[int] | None = None) -> None:
+        """gap_s: a track that was not seen for longer ends. most: beyond, those unseen for the longest time end.
+
+        numbers: of new tracks; by default from 1.
+        """
         if gap_s <= 0 or most < 1:
             raise ValueError(f"gap_s must be > 0 and most >= 1, got {gap_s:g} and {most}")
         self._gap_s, self._most = gap_s, most
         self._tracks: list[Track] = []
         self._size: tuple[int, int] | None = None
-        self._count = 0
+        self._numbers = count(1) if numbers is None else numbers
 
     @property
     def live(self) -> Sequence[Track]:
@@ -133,8 +137,7 @@ class CameraTracks:
                 track = self._tracks[partner[i]]
                 track.add(view, people.embeddings[i])
             else:
-                self._count += 1
-                track = Track(self._count, view, people.embeddings[i])
+                track = Track(next(self._numbers), view, people.embeddings[i])
                 self._tracks.append(track)
             found.append(track)
         return Association(found, [*ended, *self._end_overflow()])

@@ -200,6 +200,12 @@ def test_only_a_camera_that_changed_is_connected_anew(run, file, serve, camera_f
     wait_for(lambda: [event for event in events_of(file) if event["type"] == "psdiff.track.v1"])
     ended = [event for event in events_of(file) if event["type"] == "psdiff.track.v1"]
     assert {event["data"]["camera"] for event in ended} == {"hall"}
+    seen = service.cameras()[1]["people"]
+    wait_for(lambda: service.cameras()[1]["people"] > seen)
+    later = [
+        event for event in events_of(file) if event["subject"].startswith("hall:") and "det" in event["data"]
+    ][-1]
+    assert later["data"]["det"]["track"]["id"] not in {event["subject"] for event in ended}
 
 
 def test_a_camera_is_switched_off_and_on(run, file):

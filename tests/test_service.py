@@ -79,6 +79,18 @@ def test_people_of_two_cameras_become_events_with_their_time(serve, camera_files
     assert len(set(ids)) == len(ids)
 
 
+def test_a_service_that_starts_again_repeats_no_id(serve, camera_files, detector, manifest, tmp_path):
+    """Its frames are numbered from 0 again, and whoever keeps events by their id must not lose any."""
+    url, _ = serve(*camera_files)
+    for people in (3, 6):
+        service = Service(site_of(tmp_path, {"gate": f"{url}/gate"}), manifest, detector, TABLE)
+        service.start()
+        wait_for(lambda service=service: service.totals.people["gate"] >= 3)
+        assert service.stop(10)
+        ids = [data["det"]["id"] for data in found_of(tmp_path)]
+        assert len(set(ids)) == len(ids) >= people
+
+
 def ended_of(tmp_path):
     return [event for event in events_of(tmp_path) if event["type"] == "psdiff.track.v1"]
 
