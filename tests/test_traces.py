@@ -1,9 +1,13 @@
 """Traces of frames: one in so many, a span a stage, by OpenTelemetry's own rules."""
 
+import gzip
 import os
 import subprocess
 import sys
+import time
 from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 from psdiff.runtime.stage_times import FrameRecord, Stage
@@ -93,6 +97,53 @@ def test_the_exporter_of_the_environment_is_taken():
     )
     spans, _, trace_id = result.stdout.rpartition("id ")
     assert f'"trace_id": "0x{trace_id.strip()}"' in spans, result.stderr
+
+
+@pytest.fixture
+def collector():
+    """What a collector of OpenTelemetry hears over HTTP: its address, and the path and body of each request."""
+    heard = []
+
+    class Hear(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            is_packed = self.headers.get("Content-Encoding") == "gzip"
+            heard.append((self.path, gzip.decompress(body) if is_packed else body))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hear)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", heard
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_collector_hears_of_the_frames_when_the_service_ends(collector, monkeypatch):
+    """By the exporter of psdiff[traces], in OTLP over HTTP, without another setting than the address."""
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    address, heard = collector
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+    tracer = FrameTracer(1)
+    ids = traced(tracer, "gate", 3)
+    tracer.close()
+    deadline_s = time.monotonic() + 20
+    while not heard and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    [(path, body)] = heard
+    assert path == "/v1/traces"
+    [resource] = ExportTraceServiceRequest.FromString(body).resource_spans
+    assert {each.key: each.value.string_value for each in resource.resource.attributes}[
+        "service.name"
+    ] == "psdiff"
+    spans = [span for scope in resource.scope_spans for span in scope.spans]
+    frames = [span for span in spans if span.name == "frame"]
+    assert [span.trace_id.hex() for span in frames] == [trace_id for _, trace_id in ids]
+    assert len(spans) == 3 * (1 + len(record().stages))
 
 
 def test_an_exporter_that_is_not_there_is_named(monkeypatch):
