@@ -166,18 +166,15 @@ def no_reports(site: WatchedService, rng: random.Random) -> float:
     proxy = site.proxies[name]
     try:
         with site.others_undisturbed(name):
-            proxy.fault = NoReports()
-            before = proxy.accepted
+            before, connection, began_s = proxy.accepted, site.next_connection(name), time.monotonic()
             proxy.cut()
+            proxy.fault = NoReports()
             site.wait(lambda: proxy.accepted > before, BACKOFF_S, f"{name} must be tried again")
-            began_s = time.monotonic()
-            back_s = site.wait_for_frames([name], BACK_S, count=10)
+            back_s = site.wait_for_frames([name], BACK_S, count=10, connection=connection)
     finally:
         proxy.heal()
-    seen = site.seen(name, began_s)
-    # A frame of the old connection may have been on its way when the new one began.
-    new = [each for each in seen if each.at_s - each.since_arrival_s > began_s]
-    wrong = [each for each in new if each.source != "arrival" or each.uncertainty_s <= 0]
+    seen = site.seen(name, began_s, connection=connection)
+    wrong = [each for each in seen if each.source != "arrival" or each.uncertainty_s <= 0]
     if wrong:
         raise FaultError(f"times must be of the arrival and uncertain, got {wrong[0]}")
     return back_s
@@ -189,18 +186,17 @@ def mid_group(site: WatchedService, rng: random.Random) -> float:
     proxy = site.proxies[name]
     try:
         with site.others_undisturbed(name):
-            before = proxy.accepted
-            proxy.fault = skip
+            before, connection, began_s = proxy.accepted, site.next_connection(name), time.monotonic()
             proxy.cut()
+            proxy.fault = skip
             site.wait(lambda: proxy.accepted > before, BACKOFF_S, f"{name} must be tried again")
-            began_s = time.monotonic()
             # The next key frame is five seconds away.
-            back_s = site.wait_for_frames([name], BACK_S + 5)
+            back_s = site.wait_for_frames([name], BACK_S + 5, connection=connection)
     finally:
         proxy.heal()
     if not skip.dropped:
         raise FaultError("the first key frame must be kept back, got none")
-    seen = site.seen(name, began_s)
+    seen = site.seen(name, began_s, connection=connection)
     if not _is_clean(seen):
         raise FaultError("no picture may be seen before its key frame, got smeared ones")
     return back_s

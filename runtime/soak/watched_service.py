@@ -45,6 +45,8 @@ class Seen:
     at_s: float
     """When it was done, of the monotonic clock."""
     seq: int
+    connection: int
+    """Counted up, from 1 again where the camera's settings change."""
     utc_s: float
     source: str
     uncertainty_s: float
@@ -124,10 +126,16 @@ class WatchedService:
         """Its state and account."""
         return next(each for each in self.service.cameras() if each["camera"] == name)
 
-    def seen(self, name: str, since_s: float = 0.0) -> list[Seen]:
-        """What was seen of a camera since then."""
+    def seen(self, name: str, since_s: float = 0.0, *, connection: int = 0) -> list[Seen]:
+        """What was seen of a camera since then, over this or a later connection."""
         with self._lock:
-            return [each for each in self._seen[name] if each.at_s >= since_s]
+            return [
+                each for each in self._seen[name] if each.at_s >= since_s and each.connection >= connection
+            ]
+
+    def next_connection(self, name: str) -> int:
+        """The one after that whose frames are seen. Some of these are on their way when it has ended."""
+        return self.seen(name)[-1].connection + 1
 
     @contextmanager
     def times_may_go_back(self) -> Iterator[None]:
@@ -149,12 +157,15 @@ class WatchedService:
             time.sleep(POLL_S)
         return time.monotonic() - began_s
 
-    def wait_for_frames(self, names: Iterable[str], within_s: float, count: int = 3) -> float:
-        """Seconds until each of the cameras has given so many frames from now on."""
+    def wait_for_frames(
+        self, names: Iterable[str], within_s: float, count: int = 3, *, connection: int = 0
+    ) -> float:
+        """Seconds until each of the cameras has given so many frames from now on, over this connection or a later."""
         since_s, missing = time.monotonic(), set(names)
 
         def is_done() -> bool:
-            missing.difference_update([n for n in missing if len(self.seen(n, since_s)) >= count])
+            came = [n for n in missing if len(self.seen(n, since_s, connection=connection)) >= count]
+            missing.difference_update(came)
             return not missing
 
         try:
@@ -222,6 +233,7 @@ class WatchedService:
                 Seen(
                     at_s=now_s,
                     seq=frame.seq,
+                    connection=frame.connection,
                     utc_s=frame.time.utc_s,
                     source=frame.time.source,
                     uncertainty_s=frame.time.uncertainty_s,
