@@ -1,10 +1,11 @@
 """Bugs put into the kernels, each of which the checks must catch; a script, because some of them crash.
 
-python tests/kernel_bugs.py FOLDER builds each changed copy there and prints whether the checks caught it.
+python tests/kernel_bugs.py FOLDER builds all changed copies there, in one go, and prints whether the checks caught
+each. Copies without a bug show that it is the bug which is caught.
 """
 
 import os
-import shutil
+import re
 import sys
 from pathlib import Path
 
@@ -54,9 +55,16 @@ def letterbox_checks(kernels):
     frame_tests.test_nv12_rows_may_be_longer_than_their_pixels(kernels)
 
 
+# The lines of entries.cu that make the kernels of a file.
+ENTRIES = {
+    ROI: "PSD_ROI_ALIGN",
+    CONV: "PSD_EACH_DYNAMIC_CONV",
+    STEP: "PSD_DDIM_STEP",
+    LETTERBOX: "PSD_LETTERBOX",
+}
+
 # Name: file, text, what stands there instead at each place, who must notice.
 BUGS = {
-    "no bug": (ROI, "kPool", "kPool", roi_align_checks),
     "a level too fine": (ROI, "(side >= 0.5f *", "(side >= 0.6f *", roi_align_checks),
     "the last row reads the next": (ROI, "low >= size - 1", "low >= size", roi_align_checks),
     "no barrier after the samples": (
@@ -107,29 +115,67 @@ BUGS = {
 }
 
 
-def is_caught(name, folder):
-    """Build a copy with the bug and run the checks in a process of their own: a crash counts as caught."""
-    file, old, new, checks = BUGS[name]
-    shutil.copytree(host.CSRC, folder / "csrc")
-    source = (folder / "csrc" / file).read_text(encoding="utf-8")
+CONTROLS = {
+    f"no bug, {checks.__name__}": (file, "psdiff", "psdiff", checks)
+    for file, _, _, checks in {bug[3]: bug for bug in BUGS.values()}.values()
+}
+
+
+def text_of(file, changed, included):
+    """A file of csrc with the files that it includes in their places, each once; changed: texts by name."""
+    included.add(file)
+    text = changed.get(file) or (host.CSRC / file).read_text(encoding="utf-8")
+
+    def content(match):
+        if match[1] in included or not (host.CSRC / match[1]).is_file():
+            return ""
+        return text_of(match[1], changed, included)
+
+    return re.sub(r'^#include "(.*)"$', content, text.replace("#pragma once", ""), flags=re.MULTILINE)
+
+
+def changed_copy(prefix, name):
+    """The kernels of one file with the bug, in a namespace, and the prefix before the names of the entries."""
+    file, old, new, checks = (BUGS | CONTROLS)[name]
+    source = (host.CSRC / file).read_text(encoding="utf-8")
     if old not in source:
         raise SystemExit(f"{name}: the text {old!r} is no longer in {file}")
-    (folder / "csrc" / file).write_text(source.replace(old, new), encoding="utf-8")
+    text = text_of("entries.cu", {file: source.replace(old, new)}, set())
+    others = "|".join(set(ENTRIES.values()) - {ENTRIES[file]})
+    text = re.sub(rf"^(?:{others})\(.*$", "", text, flags=re.MULTILINE)
+    text = text.replace("PSD_ENTRY(psdiff_", f"PSD_ENTRY({prefix}psdiff_")
     channels = 256 if checks is wide_conv_checks else 128
-    flags = [f"-DPSD_CHANNELS={channels}", "-DPSD_WIDTH=64", "-O1", "-Wno-error"]
-    library = host.build(folder, folder / "csrc", *flags)
+    sizes = f"#define PSD_CHANNELS {channels}\n#define PSD_WIDTH 64\n"
+    entries = (host.CSRC / "entries.cu").read_text(encoding="utf-8")
+    end = "".join(
+        f"#undef {macro}\n" for macro in re.findall(r"^#define (\w+)", sizes + entries, re.MULTILINE)
+    )
+    return f"{sizes}namespace {prefix} {{\n{text}\n}}\n{end}"
+
+
+def is_caught(checks, kernels):
+    """Run the checks in a process of their own: a crash counts as caught."""
     child = os.fork()
     if child == 0:
         try:
-            checks(host.HostKernels(library))
+            checks(kernels)
         except (AssertionError, RuntimeError):
             os._exit(1)
         os._exit(0)
     return os.waitpid(child, 0)[1] != 0
 
 
+def main(folder):
+    """Compiling all copies at once reads the headers of C++ once, which takes most of the time for one copy."""
+    prefixes = {name: f"bug{number}_" for number, name in enumerate(BUGS | CONTROLS)}
+    copies = [changed_copy(prefix, name) for name, prefix in prefixes.items()]
+    (folder / "entries.cu").write_text('#include "device_on_host.h"\n' + "".join(copies), encoding="utf-8")
+    library = host.build(folder, folder, "-O1", "-Wno-error")
+    for name, prefix in prefixes.items():
+        checks = (BUGS | CONTROLS)[name][3]
+        outcome = "caught" if is_caught(checks, host.HostKernels(library, prefix)) else "missed"
+        print(f"{name}: {outcome}", flush=True)
+
+
 if __name__ == "__main__":
-    for number, name in enumerate(BUGS):
-        folder = Path(sys.argv[1]) / str(number)
-        folder.mkdir()
-        print(f"{name}: {'caught' if is_caught(name, folder) else 'missed'}", flush=True)
+    main(Path(sys.argv[1]))

@@ -18,22 +18,23 @@ HOST = Path(__file__).parent / "host_gpu"
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "u8": torch.uint8}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LIBRARY = "kernels_on_host.so"
 
 
 class HostKernels:
-    """A compiled library of the kernels, and the one call that runs a Launch."""
+    """A compiled library of the kernels, and the one call that runs a Launch; prefix: before each entry's name."""
 
-    def __init__(self, library):
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, library, prefix=""):
+        self.library, self.prefix = ctypes.CDLL(str(library)), prefix
         self.library.launch_on_host.restype = ctypes.c_char_p
 
     def run(self, launch, seed=0):
         """Run every block; seed 0 takes threads in order, others permute them. Raises on a stuck barrier."""
-        args = launch.args
-        assert args.nbytes == ctypes.c_int.in_dll(self.library, f"{launch.entry}_size").value
-        assert launch.threads == ctypes.c_int.in_dll(self.library, f"{launch.entry}_threads").value
+        args, entry = launch.args, f"{self.prefix}{launch.entry}"
+        assert args.nbytes == ctypes.c_int.in_dll(self.library, f"{entry}_size").value
+        assert launch.threads == ctypes.c_int.in_dll(self.library, f"{entry}_threads").value
         problem = self.library.launch_on_host(
-            getattr(self.library, launch.entry),
+            getattr(self.library, entry),
             (ctypes.c_uint * 3)(*launch.grid),
             launch.threads,
             args.ctypes.data_as(ctypes.c_void_p),
@@ -45,7 +46,7 @@ class HostKernels:
 
 def build(folder, csrc=CSRC, *flags):
     """Compile the kernels under `csrc` into `folder`; returns the library's path."""
-    library = Path(folder) / "kernels_on_host.so"
+    library = Path(folder) / LIBRARY
     command = ["g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
     command += ["-Wno-unknown-pragmas", *flags, "-x", "c++", "-I", HOST, "-I", csrc, HOST / "launch.cpp"]
     done = subprocess.run([*command, "-o", library], capture_output=True, text=True, timeout=300)
