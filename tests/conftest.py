@@ -15,6 +15,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from filelock import FileLock
 from psdiff.bundle import BACKBONE, DENOISE_STEP, REFERENCE, Manifest, file_sha256, write_manifest
 from psdiff.models.detector import Detector
 from psdiff.models.sampling import SamplerSettings, StepOutput
@@ -152,12 +153,38 @@ def write_reference(folder, engine):
 
 
 @pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory):
+def once(tmp_path_factory):
+    """Make what is expensive once a run: once(name, make) gives the folder that make(folder) filled.
+
+    The first worker that asks makes it, the others wait. It belongs to all: copy it before you change anything.
+    """
+    base = tmp_path_factory.getbasetemp()
+    # Workers have folders of their own inside the folder of the run.
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def folder_of(name, make):
+        folder, unfinished = shared / name, shared / f"{name}-unfinished"
+        with FileLock(shared / f"{name}.lock"):
+            if not folder.exists():
+                # Of a worker that failed here.
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def host_kernels(once):
     """The CUDA kernels, compiled for the CPU by g++ once a run."""
     kernels_on_host = pytest.importorskip("kernels_on_host", reason="torch is not installed")
     if kernels_on_host.missing_compiler():
         pytest.skip(kernels_on_host.missing_compiler())
-    return kernels_on_host.HostKernels(kernels_on_host.build(tmp_path_factory.mktemp("kernels")))
+    folder = once("kernels", kernels_on_host.build)
+    return kernels_on_host.HostKernels(folder / kernels_on_host.LIBRARY)
 
 
 @pytest.fixture
@@ -203,8 +230,12 @@ def fake_bundle(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def small_bundle(tmp_path_factory):
+def small_bundle(once):
     """The bundle of a small network with random weights, with every part that a network can have."""
+    return once("export", export_small_bundle) / "small"
+
+
+def export_small_bundle(folder):
     import torch
     from psdiff.export.export import export_bundle
     from psdiff.models.config import PSDiffConfig, load_preset
@@ -213,7 +244,6 @@ def small_bundle(tmp_path_factory):
     sizes = {"height": 128, "width": 192, "num_proposals": 12}
     parts = {"self_attention": "intra", "cross_attention": True, "dynamic_conv": True, "dynamic_dim": 8}
     config = PSDiffConfig.model_validate(load_preset("psdiff_mobile").model_dump() | sizes | parts)
-    folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     model = PSDiff(config)
     # Random deltas throw boxes across the canvas, and over eight such steps rounding grows a thousandfold. A
@@ -222,7 +252,6 @@ def small_bundle(tmp_path_factory):
         model.denoiser.heads.deltas.weight.mul_(0.1)
     save_checkpoint(model, folder / "model.safetensors", {"preset": "a test"})
     export_bundle(folder / "model.safetensors", folder / "small")
-    return folder / "small"
 
 
 RTSP_SERVER = Path(rtsp_server.__file__)
