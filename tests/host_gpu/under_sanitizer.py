@@ -1,4 +1,7 @@
-"""Run every kernel over exactly sized buffers; started by a test with AddressSanitizer loaded. NumPy only."""
+"""Run every kernel over exactly sized buffers; started by a test with AddressSanitizer loaded. NumPy only.
+
+Arguments: the library, and C and D where it holds dynamic convolutions of one size.
+"""
 
 import ctypes
 import sys
@@ -9,6 +12,9 @@ from psdiff.kernels.launches import DeviceArray, dynamic_conv_launch, roi_align_
 
 BYTES = {"f32": np.float32, "f16": np.uint16, "bf16": np.uint16, "u8": np.uint8}
 FLOATS = ("f32", "f16", "bf16")
+SIZES = (
+    [tuple(map(int, sys.argv[2:]))] if sys.argv[2:] else [(96, 8), (128, 8), (128, 64), (256, 8), (256, 64)]
+)
 library = ctypes.CDLL(sys.argv[1])
 library.launch_on_host.restype = ctypes.c_char_p
 kept = []
@@ -42,7 +48,7 @@ for dtype in FLOATS:
         run(roi_align_launch([array(size, dtype) for size in sizes], boxes, tokens, **settings))
         grads = [array(size, "f32") for size in sizes]
         run(roi_align_grad_launch(tokens, boxes, grads, **settings))
-    for channels, width in ((96, 8), (128, 8), (128, 64), (256, 8), (256, 64)):
+    for channels, width in SIZES:
         norms = [(array((size,), "f32"), array((size,), "f32")) for size in (width, channels)]
         inputs = array((2, 49, channels), dtype), array((2, 2 * channels * width), dtype)
         for shape in ((2, 49, channels), (2, channels)):
