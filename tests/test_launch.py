@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 HOST = Path(__file__).parent / "host_gpu"
 ARCH, SHIPPED_SIZE, OTHER_SIZE = "sm_87", (96, 8), (64, 16)
 DTYPES = {"float32": "f32", "float16": "f16"}
+ELF = b"\x7fELF"
 
 NO_CUDA_PYTHON = "cuda-python is not installed: pip install 'psdiff[cuda]'"
 needs_nvrtc = pytest.mark.skipif(
@@ -198,6 +199,7 @@ def child_default_kernels(library, folder):
         Kernels(driver, cache=folder / "shipped")
     [kept] = (folder / "shipped").iterdir()
     assert kept.name.startswith("psdiff_sm_87_")
+    assert kept.read_bytes()[:4] == ELF
 
 
 # ---- the tests ----
@@ -358,9 +360,10 @@ def test_an_unknown_library_is_refused():
 
 @needs_nvrtc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_87", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_nvrtc_compiles_every_kernel_with_no_header_but_ours(arch):
-    assert compile_nvrtc(arch)[:4] == b"\x7fELF"
+    """For the stand-in's sm_87 the test below does, at the first start."""
+    assert compile_nvrtc(arch)[:4] == ELF
 
 
 @pytest.mark.slow
