@@ -16,7 +16,7 @@ from psdiff.bundle import load_manifest
 from psdiff.export import torch_tensorrt_path
 from psdiff.export.engines import EngineOptions, sm_of_this_machine
 from psdiff.export.tensorrt_plan import EngineError
-from psdiff.export.torch_tensorrt_path import compile_modules, exported
+from psdiff.export.torch_tensorrt_path import compile_modules
 from psdiff.models.person_search import TorchEngine, load_checkpoint
 from torch.export import load as load_program
 from typer.testing import CliRunner
@@ -30,9 +30,8 @@ def bundle(small_bundle, tmp_path):
     return shutil.copytree(small_bundle, tmp_path / "bundle")
 
 
-@pytest.fixture
 def compiler(monkeypatch):
-    """torch_tensorrt, recording its arguments; a compiled module is the program itself."""
+    """Put in a torch_tensorrt that records its arguments; a compiled module is the program itself."""
     seen = []
 
     def compile_program(program, **arguments):
@@ -52,25 +51,32 @@ def compiler(monkeypatch):
     return seen
 
 
-def test_both_modules_keep_our_operations_and_dynamic_sizes(bundle):
-    model, _ = load_checkpoint(bundle / "weights.safetensors")
-    programs = dict(exported(model, "cpu"))
-    assert list(programs) == ["backbone", "denoise_step"]
-    called = {node.target for node in programs["denoise_step"].graph.nodes if node.op == "call_function"}
+@pytest.fixture(scope="module", params=["fp32", "fp16"])
+def compiled(request, small_bundle, tmp_path_factory):
+    """Modules of one precision: bundle, precision, folder, steps that were told, what the compiler got."""
+    bundle = shutil.copytree(small_bundle, tmp_path_factory.mktemp("compiled") / "bundle")
+    options, steps = EngineOptions(90, request.param, max_batch=3, max_proposals=20), []
+    with pytest.MonkeyPatch.context() as patch:
+        seen = compiler(patch)
+        folder = compile_modules(bundle, options, steps.append, device="cpu")
+    return SimpleNamespace(bundle=bundle, precision=request.param, folder=folder, steps=steps, seen=seen)
+
+
+def test_both_modules_keep_our_operations_and_dynamic_sizes(compiled):
+    _, (step, _) = compiled.seen
+    called = {node.target for node in step.graph.nodes if node.op == "call_function"}
     assert called >= torch_tensorrt_path.KEPT_IN_TORCH
-    sizes = [str(side) for side in programs["denoise_step"].range_constraints]
+    sizes = [str(side) for side in step.range_constraints]
     assert len(sizes) == 2, "images and proposals"
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16)])
-def test_the_compiler_gets_the_shapes_of_the_engines(bundle, compiler, precision, dtype):
-    options = EngineOptions(90, precision, max_batch=3, max_proposals=20)
-    steps = []
-    folder = compile_modules(bundle, options, steps.append, device="cpu")
-    assert folder == bundle / "plans" / f"sm90-torch-tensorrt2.14.0-{precision}"
-    assert sorted(path.name for path in folder.iterdir()) == ["backbone.pt2", "denoise_step.pt2"]
-    assert steps == [f"compiling {part} for sm_90 in {precision}" for part in ("backbone", "denoise_step")]
-    [(_, backbone), (_, step)] = compiler
+def test_the_compiler_gets_the_shapes_of_the_engines(compiled):
+    precision, parts = compiled.precision, ("backbone", "denoise_step")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    assert compiled.folder == compiled.bundle / "plans" / f"sm90-torch-tensorrt2.14.0-{precision}"
+    assert sorted(path.name for path in compiled.folder.iterdir()) == ["backbone.pt2", "denoise_step.pt2"]
+    assert compiled.steps == [f"compiling {part} for sm_90 in {precision}" for part in parts]
+    (_, backbone), (_, step) = compiled.seen
     assert backbone["arg_inputs"] == [
         {
             "min_shape": (1, 128, 192, 3),
@@ -87,12 +93,12 @@ def test_the_compiler_gets_the_shapes_of_the_engines(bundle, compiler, precision
     assert step["torch_executed_ops"] == torch_tensorrt_path.KEPT_IN_TORCH
 
 
-def test_a_saved_module_is_the_network(bundle, compiler):
+@pytest.mark.parametrize("compiled", ["fp32"], indirect=True)
+def test_a_saved_module_is_the_network(compiled):
     """In torch.export's own file; what Torch-TensorRT puts into it is seen on a GPU alone."""
-    folder = compile_modules(bundle, EngineOptions(90, "fp32"), device="cpu")
     image = torch.randint(0, 256, (1, 128, 192, 3), dtype=torch.uint8)
-    model, _ = load_checkpoint(bundle / "weights.safetensors")
-    got = load_program(folder / "backbone.pt2").module()(image)
+    model, _ = load_checkpoint(compiled.bundle / "weights.safetensors")
+    got = load_program(compiled.folder / "backbone.pt2").module()(image)
     for one, other in zip(got, TorchEngine(model).backbone(image.numpy()), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
@@ -109,7 +115,8 @@ def test_a_saved_module_is_the_network(bundle, compiler):
         ),
     ],
 )
-def test_what_cannot_be_compiled_is_refused(bundle, compiler, precision, device, message):
+def test_what_cannot_be_compiled_is_refused(bundle, monkeypatch, precision, device, message):
+    compiler(monkeypatch)
     with pytest.raises(EngineError, match=message):
         compile_modules(bundle, EngineOptions(90, precision), device=device)
     assert not (bundle / "plans").exists()
