@@ -73,8 +73,8 @@ def small(monkeypatch):
     """The study on a city of 24 frames and people, four iterations."""
     for name, value in {"CITY_IMAGES": 24, "CITY_PEOPLE": 8, "ITERATIONS": 4, "WARMUP": 2}.items():
         monkeypatch.setattr(study, name, value)
-    for name in ("TEST_IMAGES", "QUERIES", "SAMPLING_IMAGES", "SAMPLING_QUERIES"):
-        monkeypatch.setattr(study, name, 8)
+    for name, value in {"TEST_IMAGES": 8, "QUERIES": 4, "SAMPLING_IMAGES": 4, "SAMPLING_QUERIES": 2}.items():
+        monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study, "PROJECTION_FRAMES", 4)
 
 
