@@ -254,6 +254,22 @@ def export_small_bundle(folder):
     export_bundle(folder / "model.safetensors", folder / "small")
 
 
+@pytest.fixture(scope="session")
+def fp16_engines(once, small_bundle):
+    """A copy of the small bundle with engines in it that tensorrt-rtx built: (bundle, plans/<target>, steps told)."""
+    from psdiff.export.engines import EngineOptions, build_engines
+
+    def build(folder):
+        bundle, steps = shutil.copytree(small_bundle, folder / "bundle"), []
+        options = EngineOptions(sm=86, precision="fp16", max_batch=3, max_proposals=20, unrolled=[1])
+        build_engines(bundle, options, steps.append)
+        (folder / "steps.txt").write_text("\n".join(steps), encoding="utf-8")
+
+    folder = once("engines", build)
+    [target] = (folder / "bundle" / "plans").iterdir()
+    return folder / "bundle", target, (folder / "steps.txt").read_text(encoding="utf-8").splitlines()
+
+
 RTSP_SERVER = Path(rtsp_server.__file__)
 SYSTEM_PYTHON = "/usr/bin/python3"
 

@@ -50,6 +50,8 @@ NO_TENSORRT = (
 @pytest.fixture(scope="module", params=["fp16", "fp32"])
 def built(request, small_bundle, tmp_path_factory):
     """A bundle with engines of one precision, as tensorrt-rtx builds them: (bundle, plans/<target>)."""
+    if request.param == "fp16":
+        return request.getfixturevalue("fp16_engines")[:2]
     bundle = shutil.copytree(small_bundle, tmp_path_factory.mktemp("engines") / "bundle")
     options = EngineOptions(SM, request.param, max_batch=3, max_proposals=20, unrolled=[])
     return bundle, build_engines(bundle, options)
