@@ -9,7 +9,8 @@ DEMO_OUT ?= demo-out
 DEMO_FLAGS ?=
 
 # Tests: for example `make test PYTEST_FLAGS="-m 'not slow'"`.
-# Files of tests are spread over TEST_WORKERS processes, with one thread of arithmetic each.
+# Files of tests are spread over TEST_WORKERS processes, with one thread of arithmetic each, in the order that
+# tests/conftest.py gives them.
 PYTEST_FLAGS ?=
 TEST_WORKERS ?= 2
 
@@ -44,7 +45,7 @@ demo: $(BASE)  ## find a person in another camera, on two synthetic clips (no Py
 
 test: $(DEV) $(TRITON)  ## run every test that this machine can run; a skip says what is missing
 	@deploy/setup-venv.sh rtsp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 test-gpu: kernels  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
