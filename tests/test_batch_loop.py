@@ -49,13 +49,15 @@ def offer(queues, camera, left_s=PROMISE_S):
     return queues.offer(camera, frame, now_s=now_s, deadline_s=now_s + left_s)
 
 
-def play(queues, cameras, fps, seconds):
+def play(queues, cameras, fps, seconds, is_over=lambda: False):
     """Cameras that do not wait, each in a thread of its own."""
 
     def feed(camera):
         start_s = time.monotonic()
         for i in range(int(fps * seconds)):
             time.sleep(max(0.0, start_s + i / fps - time.monotonic()))
+            if is_over():
+                return
             offer(queues, camera)
 
     threads = [threading.Thread(target=feed, args=(camera,)) for camera in cameras]
@@ -116,7 +118,8 @@ def test_steps_rise_with_time_and_fall_under_load():
     table = {(1, 1): 0.02, (4, 1): 0.05, (1, 4): 0.02, (4, 4): 0.05}
     work = loop(each, stub, results, table=table)
     work.start()
-    playing = threading.Thread(target=play, args=(each, cameras, 8, 12.0))
+    over = threading.Event()
+    playing = threading.Thread(target=play, args=(each, cameras, 8, 12.0, over.is_set))
     playing.start()
     for costs, steps in (((0.01, 0.01), 4), ((0.04, 0.12), 1), ((0.01, 0.01), 4)):
         stub.fixed_s, stub.step_s = costs
@@ -124,6 +127,7 @@ def test_steps_rise_with_time_and_fall_under_load():
         while not (results and results[-1].steps == steps):
             assert time.monotonic() < end_s, f"K = {results[-1].steps} instead of {steps}"
             time.sleep(0.01)
+    over.set()
     playing.join()
     assert work.stop(5)
 
