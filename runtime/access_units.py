@@ -118,18 +118,15 @@ class _Unit:
 class AccessUnits:
     """Pieces of one stream -> its pictures, each with what stands before it (parameter sets, messages)."""
 
-    def __init__(
-        self, codec: str, time_base: Fraction | None, when_lost: Callable[[int | None], None]
-    ) -> None:
-        """codec: h264 or hevc.
-
-        when_lost: told the PTS of a picture that was given before it was whole, or whose beginning never came.
-        """
+    def __init__(self, codec: str, time_base: Fraction | None) -> None:
+        """codec: h264 or hevc."""
         self._read, head_length = READERS[codec]
         self._lengths = PieceLengths(head_length)
         self._time_base = time_base
-        self._when_lost = when_lost
-        self._lost: tuple[int | None] | None = None
+        self.lost: list[int | None] = []
+        """PTS of pictures that were given before they were whole, or whose beginning never came; for the reader to
+        take away."""
+        self._latest_lost: tuple[int | None] | None = None
         self._unit = _Unit()
         self._is_provable = codec in PROVABLE
         self._given: tuple[int | None] | None = None
@@ -204,9 +201,9 @@ class AccessUnits:
     def _lose(self, pts: int | None) -> None:
         if self._given == (pts,):
             self._is_provable = False
-        if self._lost != (pts,):
-            self._lost = (pts,)
-            self._when_lost(pts)
+        if self._latest_lost != (pts,):
+            self._latest_lost = (pts,)
+            self.lost.append(pts)
 
     def _seems_whole(self, data: bytes, nals: list[Nal]) -> bool:
         """Whether a piece, already taken, ends the picture by all that is known."""

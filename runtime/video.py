@@ -122,7 +122,7 @@ class VideoSource:
             codec = self._stream.codec_context.codec.canonical_name
             self._damage = DamageWatch(codec)
             self._units = (
-                AccessUnits(codec, self._stream.time_base, self._lose)
+                AccessUnits(codec, self._stream.time_base)
                 if codec in READERS and comes_in_pieces(self._container)
                 else None
             )
@@ -255,7 +255,12 @@ class VideoSource:
 
     def _whole(self, packet: av.Packet) -> list[av.Packet]:
         """Give the pictures that a packet completes."""
-        return [packet] if self._units is None else self._units.add(packet)
+        if self._units is None:
+            return [packet]
+        pictures = self._units.add(packet)
+        while self._units.lost:
+            self._lose(self._units.lost.pop())
+        return pictures
 
     def _broken_off(self, what: str) -> str:
         return f"source must stay readable to its end, got {what} from {self._name}"

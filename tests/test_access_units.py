@@ -92,8 +92,9 @@ class Reader:
     """AccessUnits and the decoder behind it, fed piece by piece."""
 
     def __init__(self, name="h264"):
-        self.lost, self.given, self.frames = [], [], []
-        self.units = AccessUnits(name, Fraction(1, CLOCK_HZ), self.lost.append)
+        self.given, self.frames = [], []
+        self.units = AccessUnits(name, Fraction(1, CLOCK_HZ))
+        self.lost = self.units.lost
         self._decoder = av.CodecContext.create(name, "r")
         self._decoder.thread_type = "NONE"
 

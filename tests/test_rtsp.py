@@ -1,5 +1,6 @@
 """Real sockets: GStreamer's RTSP server as a camera, and cameras that are not there or do not answer."""
 
+import gc
 import json
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -15,7 +17,9 @@ from psdiff.runtime.frames import SourceError
 from psdiff.runtime.live_source import LiveSource
 from psdiff.runtime.run import run
 from psdiff.runtime.soak.clips import write_clip
+from psdiff.runtime.source_address import parse_address
 from psdiff.runtime.sources import open_source
+from psdiff.runtime.video import VideoSource
 
 
 @pytest.fixture
@@ -34,6 +38,23 @@ def test_a_camera_is_read_to_its_end(serve, camera_file):
     assert {frame.time_source for frame in frames} == {"arrival"}
     assert frames[-1].pts_s == pytest.approx(frames[-1].seq / 30, abs=0.05), "one frame off at most"
     assert frames[0].image.shape == (96, 160, 3)
+
+
+def test_a_camera_that_is_closed_leaves_nothing_behind(serve, camera_file):
+    """Not even until Python looks for cycles: a connection holds megabytes of pictures, and cameras come and go."""
+    url, _ = serve(camera_file)
+    source = VideoSource(parse_address(f"{url}/{camera_file.stem}"), "gate", read_timeout_s=5)
+    for _, _decoded in zip(range(3), source.decoded(), strict=False):
+        pass
+    gone = weakref.ref(source)
+    gc.collect()
+    gc.disable()
+    try:
+        source.close()
+        del source, _decoded
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_slow_camera_is_there_soon(serve, tmp_path):
