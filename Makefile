@@ -10,9 +10,9 @@ DEMO_FLAGS ?=
 
 # Tests: for example `make test PYTEST_FLAGS="-m 'not slow'"`.
 # Files of tests are spread over TEST_WORKERS processes, with one thread of arithmetic each, in the order that
-# tests/conftest.py gives them.
+# tests/conftest.py gives them. Three for two cores: those with cameras mostly wait.
 PYTEST_FLAGS ?=
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= 3
 
 # Training the shipped model again: imagenet, or a .pth file with torchvision's names.
 BACKBONE_WEIGHTS ?= imagenet

@@ -29,9 +29,14 @@ EMBEDDING_DIM = 3
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: workers that take file by file then end at about the same time."""
+    """Files with slow tests first: workers that take file by file then end at about the same time.
+
+    Before them one that needs the small bundle, and behind them all others that do: nobody waits for who makes it.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    waiting = [item.path for item in items if "small_bundle" in item.fixturenames]
+    ranks = dict.fromkeys(slow, 1) | dict.fromkeys(waiting, 2) | dict.fromkeys(waiting[:1], 0)
+    items.sort(key=lambda item: ranks.get(item.path, 3))
 
 
 @pytest.fixture(scope="session", autouse=True)
