@@ -83,14 +83,19 @@ class GStreamerDecoder:
         if decoder and decoder.find_property("disable-dpb") and not self._bits.has_b_frames:
             # Otherwise pictures wait for later ones that no camera without B-frames ever sends.
             decoder.set_property("disable-dpb", True)
-        pipeline.set_state(self._gst.State.PLAYING)
+        if pipeline.set_state(self._gst.State.PLAYING) == self._gst.StateChangeReturn.FAILURE:
+            pipeline.set_state(self._gst.State.NULL)
+            raise DeviceError(f"its pipeline does not start: {elements}")
         return pipeline
 
     def _push(self, payload: Payload) -> None:
         if self._first_time is None:
             self._first_time = payload.time
+        time_ns = ORIGIN_NS + round((payload.time - self._first_time) * self._ns_per_tick)
+        if time_ns < 0:
+            raise DeviceError("its packets must not go back in time by more than an hour, got one that does")
         buffer = self._gst.Buffer.new_wrapped(payload.data)
-        buffer.pts = ORIGIN_NS + round((payload.time - self._first_time) * self._ns_per_tick)
+        buffer.pts = time_ns
         self._source.emit("push-buffer", buffer)
 
     def _ready(self) -> list[av.VideoFrame]:
@@ -128,6 +133,8 @@ class GStreamerDecoder:
                 f"its NV12 of {width}x{height} must have {line * (lines + chroma_lines)} bytes, "
                 f"got {data.size}"
             )
+        if buffer.pts == self._gst.CLOCK_TIME_NONE:
+            raise DeviceError("its pictures must have times, got one without")
         rows = data.reshape(-1, line)
         assert self._first_time is not None
         time = self._first_time + round((buffer.pts - ORIGIN_NS) / self._ns_per_tick)

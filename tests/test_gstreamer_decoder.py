@@ -226,6 +226,9 @@ def test_a_buffer_of_an_unexpected_size_is_refused(open_stream, gst):
     sample = gst.Sample.new(gst.Buffer.new_wrapped(bytes(176 * 96 * 3 // 2)), caps, None, None)
     with pytest.raises(DeviceError, match=r"NV12 of 160x96 must have 23040 bytes, got 25344"):
         decoder._frame(sample)
+    sample = gst.Sample.new(gst.Buffer.new_wrapped(bytes(160 * 96 * 3 // 2)), caps, None, None)
+    with pytest.raises(DeviceError, match="must have times"):
+        decoder._frame(sample)
     decoder.close()
 
 
@@ -236,6 +239,8 @@ def test_what_it_cannot_decode_is_said(open_stream):
     h264 = open_stream(walk(3))
     with pytest.raises(DeviceError, match='no element "nodecoder"'):
         GStreamerDecoder(h264, "nodecoder")
+    with pytest.raises(DeviceError, match="does not start"):
+        GStreamerDecoder(h264, f"{SOFTWARE['h264']} ! tee name=t t. ! fakesink state-error=null-to-ready t. ")
     decoder = GStreamerDecoder(h264, SOFTWARE["h264"])
     for _, packet in zip(range(2), h264.container.demux(h264), strict=False):
         packet.pts = None
@@ -245,6 +250,9 @@ def test_what_it_cannot_decode_is_said(open_stream):
             else pytest.raises(DeviceError, match="must have time")
         ):
             decoder.decode(packet)
+    packet.pts = -(10**9)
+    with pytest.raises(DeviceError, match="more than an hour"):
+        decoder.decode(packet)
     decoder.close()
 
 
