@@ -72,8 +72,6 @@ class FeedSettings:
     trust_clock: Trust = "auto"
     first_seq: int = 0
     """Of the first frame, so that numbers stay unique where a camera is followed anew."""
-    last_utc_s: float | None = None
-    """When the last frame was captured, where a live camera is followed anew: time does not go back."""
 
 
 class Feed(Protocol):
@@ -218,8 +216,6 @@ class CameraFeed:
         self._connections += 1
         with self._lock:
             self._clock.begin_connection()
-            if self._connections == 1 and source.is_live and self._settings.last_utc_s is not None:
-                self._clock.continue_after(self._settings.last_utc_s)
         corrupt_before = self._counters.corrupt_packets
         planned_s = 0.0
         with source:

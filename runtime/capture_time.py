@@ -82,10 +82,6 @@ class CaptureClock:
         """The camera's clock minus ours, as the latest references say; None without any."""
         return statistics.median(self._offsets) if self._offsets else None
 
-    def continue_after(self, utc_s: float) -> None:
-        """Go on from an earlier clock of the camera, whose last time this was."""
-        self._last_utc_s = utc_s
-
     def begin_connection(self) -> None:
         """PTS that follow have nothing to do with those before, however well they may seem to go on."""
         self._start_timeline()

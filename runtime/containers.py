@@ -8,7 +8,7 @@ import time
 
 import av
 import av.error
-from av.container import Flags, InputContainer
+from av.container import InputContainer
 from av.packet import Packet
 
 from .connection import Reason
@@ -40,13 +40,6 @@ TEXT_FORMATS = frozenset({"tty", "bin", "xbin", "adf", "idf"})
 # nobody needs here; left to itself it watches five seconds, in which a camera is offline.
 ANALYSED_US = 500_000
 
-# FFmpeg's demuxer of RTSP without its parser, which gives a picture only when the next one begins.
-# The first piece is enough to begin with; more than one FFmpeg would take for as many pictures.
-UNPARSED = {"fflags": "+noparse+nofillin", "probesize": "32"}
-
-# Over RTSP these make sense without it: runtime.access_units puts the first two together, and JPEGs come whole.
-NEED_NO_PARSER = frozenset({"h264", "hevc", "mjpeg"})
-
 # AVProducerReferenceTime of FFmpeg: microseconds since 1970, then flags.
 REFERENCE_TIME = struct.Struct("<q")
 
@@ -72,18 +65,9 @@ def open_recording(address: SourceAddress) -> InputContainer:
 
 
 def open_camera(
-    address: SourceAddress,
-    open_timeout_s: float,
-    read_timeout_s: float,
-    transport: str = "tcp",
-    *,
-    in_pieces: bool = False,
+    address: SourceAddress, open_timeout_s: float, read_timeout_s: float, transport: str = "tcp"
 ) -> InputContainer:
-    """Connect to a camera.
-
-    transport: of RTSP. in_pieces: whether to take packets as RTP carries them, where that is enough
-    (comes_in_pieces tells). Raises CameraError.
-    """
+    """Connect to a camera. transport: of RTSP. Raises CameraError."""
     if address.host is not None:
         refuse_host(address.host)
     if address.kind == "http" and av.library_versions["libavformat"] < OLDEST_LIBAVFORMAT_FOR_HTTP:
@@ -98,19 +82,6 @@ def open_camera(
     if address.host is not None:
         # FFmpeg's own socket timeout (microseconds) bounds each wait, PyAV's the opening as a whole.
         options["timeout"] = str(int(read_timeout_s * 1e6))
-    if address.kind == "rtsp" and in_pieces:
-        container = _connect(address, options | UNPARSED, open_timeout_s, read_timeout_s)
-        stream = container.streams.best("video")
-        if stream is None or stream.codec_context.codec.canonical_name in NEED_NO_PARSER:
-            return container
-        # The codec is known only now, and a parser cannot be added to what has been read.
-        container.close()
-    return _connect(address, options, open_timeout_s, read_timeout_s)
-
-
-def _connect(
-    address: SourceAddress, options: dict[str, str], open_timeout_s: float, read_timeout_s: float
-) -> InputContainer:
     start = time.monotonic()
     try:
         return av.open(
@@ -129,11 +100,6 @@ def _connect(
         raise CameraError(
             f"source must be a camera that answers, got {what} from {address.shown}", reason
         ) from None
-
-
-def comes_in_pieces(container: InputContainer) -> bool:
-    """Whether packets are what RTP carried, of which several make a picture."""
-    return bool(container.flags & Flags.no_parse.value)
 
 
 def is_live(address: SourceAddress, container: InputContainer) -> bool:

@@ -43,7 +43,8 @@ class RemoteFeed:
     ) -> None:
         """offer: called by a thread of this process. depth: of the queue behind it."""
         self.camera = settings.camera
-        self._settings, self._is_blocking, self._slots = settings, is_blocking, depth + SPARE_SLOTS
+        # Frames are numbered here, over all workers.
+        self.follow = Follow(replace(settings, first_seq=0), is_blocking, depth + SPARE_SLOTS)
         self.has_ended = False
         """Nothing more will come: the camera was left, or a recording is played out. New workers need not know."""
         self._offer = offer
@@ -60,14 +61,6 @@ class RemoteFeed:
         self._past_reconnects: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
         self._next_seq, self._connections = settings.first_seq, 0
-        self._last_utc_s = settings.last_utc_s
-
-    @property
-    def follow(self) -> Follow:
-        """What a worker that begins is told."""
-        # Frames are numbered here, over all workers; their times do not go back from one to the next.
-        settings = replace(self._settings, first_seq=0, last_utc_s=self._last_utc_s)
-        return Follow(settings, self._is_blocking, self._slots)
 
     def start(self) -> None:
         """Begin to connect."""
@@ -134,7 +127,7 @@ class RemoteFeed:
     def _without_worker(self) -> dict[str, Any]:
         return {
             "camera": self.camera,
-            "source": parse_address(self._settings.url).shown,
+            "source": parse_address(self.follow.settings.url).shown,
             "state": str(State.CONNECTING if self._lost_s is None else State.BACKOFF),
             "state_s": 0.0,
             "reason": None if self._lost_s is None else str(Reason.CRASHED),
@@ -185,8 +178,6 @@ class RemoteFeed:
             self._received += 1
             self._lost_s = None
             self._next_seq = frame.seq + 1
-            if frame.time.source != "file":
-                self._last_utc_s = frame.time.utc_s
             self._connections = frame.connection
         unwanted = self._offer(frame, message.now_s, message.deadline_s)
         if unwanted is not None:

@@ -85,7 +85,6 @@ class Service:
         self._wanted: dict[str, WantedCamera] = {}
         self._history = FeedHistory()
         self._next_seq: dict[str, int] = {}
-        self._last_utc_s: dict[str, float] = {}
         self._left: deque[tuple[str, Site]] = deque()
         """Cameras that were let go or changed, and the site since then; for the detector's thread."""
         self._lock = threading.Lock()
@@ -242,7 +241,6 @@ class Service:
                 playback=camera.playback,
                 trust_clock=settings.trust_clock,
                 first_seq=self._next_seq.get(camera.id, 0),
-                last_utc_s=self._last_utc_s.get(camera.id),
             ),
             self._take_in,
             depth=camera.policy.depth,
@@ -255,8 +253,6 @@ class Service:
 
     def _take_in(self, frame: CameraFrame, now_s: float, deadline_s: float) -> str | None:
         self._next_seq[frame.camera] = frame.seq + 1
-        if frame.time.source != "file":
-            self._last_utc_s[frame.camera] = frame.time.utc_s
         is_in = self._queues.offer(frame.camera, frame, now_s=now_s, deadline_s=deadline_s)
         return None if is_in else "removed"
 

@@ -15,13 +15,11 @@ from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from .access_units import READERS, AccessUnits
 from .capture_time import Arrival
 from .connection import Reason
 from .containers import (
     NO_ANSWER,
     CameraError,
-    comes_in_pieces,
     comes_in_segments,
     has_timestamps,
     is_live,
@@ -32,7 +30,7 @@ from .containers import (
     told,
 )
 from .damage import DamageWatch
-from .decoders import CPU, DecoderChoice, StreamDecoder, name_of
+from .decoders import DecoderChoice, StreamDecoder
 from .frames import Picture, SourceError, VideoFrame
 from .source_address import SourceAddress
 
@@ -97,11 +95,7 @@ class VideoSource:
         if address.kind == "path":
             self._container = open_recording(address)
         else:
-            # A device decodes half a picture without a word, and has to know beforehand what only a parser finds.
-            in_pieces = name_of(decoder) == CPU
-            self._container = open_camera(
-                address, open_timeout_s, read_timeout_s, transport, in_pieces=in_pieces
-            )
+            self._container = open_camera(address, open_timeout_s, read_timeout_s, transport)
         with ExitStack() as opened:
             opened.callback(self._container.close)
             self.is_live = is_live(address, self._container)
@@ -114,18 +108,12 @@ class VideoSource:
             self._decoder = StreamDecoder(self._stream, decoder if self.is_live else "cpu")
             opened.callback(self._decoder.close)
             self.created = None if self.is_live else _creation_time(self._container, self._stream)
-            self.fps_hint = _fps(self._stream, is_in_pieces=comes_in_pieces(self._container))
+            self.fps_hint = _fps(self._stream)
             self.num_frames_hint = (
                 None if self.is_live else _num_frames(self._container, self._stream, self.fps_hint)
             )
             self._start_pts: int | None = None
-            codec = self._stream.codec_context.codec.canonical_name
-            self._damage = DamageWatch(codec)
-            self._units = (
-                AccessUnits(codec, self._stream.time_base)
-                if codec in READERS and comes_in_pieces(self._container)
-                else None
-            )
+            self._damage = DamageWatch(self._stream.codec_context.codec.canonical_name)
             self._decoded = self._decode()
             self._first = next(self._decoded, None)
             if self._first is None:
@@ -215,7 +203,8 @@ class VideoSource:
         try:
             frames = self._decoder.decode(packet)
         except av.error.FFmpegError:
-            self._lose(None if packet is None else packet.pts)
+            self.corrupt_packets += 1
+            self._damage.lose(None if packet is None else packet.pts)
             return []
         self._decode_s = time.monotonic() - began_s
         # The decoder conceals what it can, and marks the frame.
@@ -223,25 +212,21 @@ class VideoSource:
         self.corrupt_packets += max(damaged, int(packet is not None and packet.is_corrupt))
         return frames
 
-    def _lose(self, pts: int | None) -> None:
-        self.corrupt_packets += 1
-        self._damage.lose(pts)
-
     def _packets(self) -> Iterator[av.Packet | None]:
         """Give the stream's packets, then None, which makes the decoder hand out the frames it holds back."""
         bad_reads, waiting_since_s = 0, time.monotonic()
         while bad_reads < MAX_BAD_READS:
             try:
                 for packet in self._container.demux(self._stream):
-                    # Where FFmpeg parses, it holds back the last picture until the next one begins. If none begins in
-                    # time it gives that picture first, which is no live one any more, and the error after as long
+                    # The parser holds back the last picture until the next one begins. Where none begins in time
+                    # FFmpeg gives that picture first, which is no live one any more, and the error after as long
                     # again.
                     if self.is_live and time.monotonic() - waiting_since_s > self._read_timeout_s:
                         raise CameraError(self._broken_off(NO_ANSWER), Reason.TIMEOUT)
                     bad_reads = 0
                     if packet.size:
                         self._note_reference(packet)
-                        yield from self._whole(packet)
+                        yield packet
                     waiting_since_s = time.monotonic()
                 break
             except av.error.InvalidDataError:
@@ -249,18 +234,7 @@ class VideoSource:
                 bad_reads += 1
             except av.error.FFmpegError as error:
                 raise CameraError(self._broken_off(told(error)), reason_of(error)) from None
-        if self._units is not None:
-            yield from self._units.rest()
         yield None
-
-    def _whole(self, packet: av.Packet) -> list[av.Packet]:
-        """Give the pictures that a packet completes."""
-        if self._units is None:
-            return [packet]
-        pictures = self._units.add(packet)
-        while self._units.lost:
-            self._lose(self._units.lost.pop())
-        return pictures
 
     def _broken_off(self, what: str) -> str:
         return f"source must stay readable to its end, got {what} from {self._name}"
@@ -281,9 +255,8 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
     return stream
 
 
-def _fps(stream: VideoStream, *, is_in_pieces: bool) -> float | None:
-    # From one piece FFmpeg guesses the rate of the clock.
-    rate = stream.average_rate or (None if is_in_pieces else stream.guessed_rate)
+def _fps(stream: VideoStream) -> float | None:
+    rate = stream.average_rate or stream.guessed_rate
     return float(rate) if rate else None
 
 

@@ -56,16 +56,6 @@ def test_a_report_of_one_connection_says_nothing_about_the_next():
     assert_forward(before, after)
 
 
-def test_a_camera_that_is_followed_anew_goes_on_in_time():
-    """Until its sender reports come, the new feed only guesses, and too early."""
-    before = play(CaptureClock(), 10)
-    assert before[-1][1].source == "rtcp_sr"
-    anew = CaptureClock()
-    anew.continue_after(before[-1][1].utc_s)
-    after = play(anew, 30, start=NOON + 1.0, references=False)
-    assert_forward(before, after)
-
-
 def test_without_a_report_the_error_stays_within_what_is_said():
     times = play(CaptureClock(), 100, references=False, jitter=np.random.default_rng(0).exponential(0.2, 100))
     assert {each.source for _, each in times} == {"arrival"}

@@ -28,12 +28,11 @@ class Frames:
     """Takes in frames, and remembers them without their pictures unless told to keep them."""
 
     def __init__(self, keep=False):
-        self.seen, self.times, self.kept, self.pictures = [], [], [], []
+        self.seen, self.kept, self.pictures = [], [], []
         self.keep = keep
 
     def __call__(self, frame, now_s, deadline_s):
         self.seen.append((frame.seq, frame.connection, frame.image.shape, now_s, deadline_s))
-        self.times.append(frame.time.utc_s)
         if self.keep:
             self.kept.append(frame)
         elif len(self.pictures) < 3:
@@ -127,7 +126,6 @@ def test_a_worker_that_crashes_costs_its_own_cameras_seconds_and_the_others_noth
     assert gate.seen[-1][1] > last_connection
     seqs = [seen[0] for seen in gate.seen]
     assert seqs == sorted(set(seqs)), "a frame number came twice"
-    assert gate.times == sorted(set(gate.times)), "time went back"
     assert len(hall.seen) > before
     assert second in both.pids()
     assert first not in both.pids()
@@ -140,8 +138,6 @@ def test_a_worker_that_crashes_costs_its_own_cameras_seconds_and_the_others_noth
     assert feed.join(10)
     status = feed.status()
     assert status["decoded"] == len(gate.seen) + sum(status["skipped"].values())
-    # A new worker must not guess an earlier time than this.
-    assert feed.follow.settings.last_utc_s == gate.times[-1]
 
 
 def test_a_worker_that_hangs_is_started_again(serve, files, ingest, monkeypatch):

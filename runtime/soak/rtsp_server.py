@@ -1,12 +1,12 @@
-"""Serve video files over RTSP with GStreamer's server: a camera for tests and for trying things out.
+"""Serve H.264 files over RTSP with GStreamer's server: a camera for tests and for trying things out.
 
     /usr/bin/python3 runtime/soak/rtsp_server.py --port 8554 entrance.mp4 hall=lobby.mp4
     psdiff run rtsp://127.0.0.1:8554/entrance rtsp://127.0.0.1:8554/hall
 
-Each file (MP4 or MOV; H.264 unless --payloader is for another codec) is played in real time from its start to every
-client, at /<file stem> or /<NAME> of NAME=FILE. Imports nothing of psdiff; needs Debian's gir1.2-gst-rtsp-server-1.0,
-python3-gi, gstreamer1.0-plugins-base, gstreamer1.0-plugins-good and gstreamer1.0-rtsp; runs with the system's Python,
-because PyGObject is not in a virtual environment.
+Each file (MP4 or MOV, H.264) is played in real time from its start to every client, at /<file stem> or /<NAME> of
+NAME=FILE. Imports nothing of psdiff; needs
+Debian's gir1.2-gst-rtsp-server-1.0, python3-gi, gstreamer1.0-plugins-base, gstreamer1.0-plugins-good and
+gstreamer1.0-rtsp; runs with the system's Python, because PyGObject is not in a virtual environment.
 """
 
 from __future__ import annotations
@@ -37,11 +37,6 @@ def main() -> None:
     parser.add_argument(
         "--in-band", action="store_true", help="the files hold their parameter sets before every key frame"
     )
-    parser.add_argument(
-        "--payloader",
-        default="rtph264pay",
-        help="GStreamer's element for the files' codec, such as rtph265pay",
-    )
     parser.add_argument("--login", metavar="USER:PASSWORD", help="ask clients for it")
     arguments = parser.parse_args()
     rtsp, glib = gstreamer()
@@ -52,10 +47,7 @@ def main() -> None:
         server.set_auth(login_check(rtsp, *arguments.login.split(":", 1)))
     for name, file in map(mount_of, arguments.files):
         server.get_mount_points().add_factory(
-            f"/{name}",
-            media_factory(
-                rtsp, file, payload_of(arguments.payloader, arguments.in_band), bool(arguments.login)
-            ),
+            f"/{name}", media_factory(rtsp, file, bool(arguments.login), arguments.in_band)
         )
     loop = glib.MainLoop()
     if server.attach(None) == 0:
@@ -103,18 +95,15 @@ def quit_without(package: str) -> NoReturn:
     sys.exit(MISSING)
 
 
-def payload_of(payloader: str, in_band: bool) -> str:
-    """The payloader with its settings."""
-    # It repeats the sets of the file's head, which are wrong after a change of size. JPEGs have none.
-    interval = "" if in_band or payloader == "rtpjpegpay" else " config-interval=1"
-    return f"{payloader} name=pay0 pt=96{interval}"
-
-
-def media_factory(rtsp: ModuleType, file: Path, payload: str, login: bool) -> object:
+def media_factory(rtsp: ModuleType, file: Path, login: bool, in_band: bool) -> object:
     """Play the file without decoding it."""
+    # The payloader repeats the sets of the file's head, which are wrong after a change of size.
+    interval = 0 if in_band else 1
     factory = rtsp.RTSPMediaFactory.new()
     location = str(file.resolve()).replace('"', '\\"')
-    factory.set_launch(f'( filesrc location="{location}" ! qtdemux ! {payload} )')
+    factory.set_launch(
+        f'( filesrc location="{location}" ! qtdemux ! rtph264pay name=pay0 pt=96 config-interval={interval} )'
+    )
     if login:
         roles = rtsp.RTSPPermissions.new()
         for right in ("media.factory.access", "media.factory.construct"):
