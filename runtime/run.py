@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +91,30 @@ def _work_off(pipeline: Pipeline) -> bool:
     """Process every batch. Returns whether it was interrupted."""
     try:
         while (batch := pipeline.next_batch()) is not None:
-            pipeline.process(batch)
+            with _held_interrupts():
+                pipeline.process(batch)
     except KeyboardInterrupt:
         return True
     return False
+
+
+@contextmanager
+def _held_interrupts() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block, in which a library may turn them into its own errors."""
+    came: list[int] = []
+    held = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        held = [each for each in numbers if signal.getsignal(each) is signal.default_int_handler]
+    for number in held:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number in held:
+            signal.signal(number, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def frame_seed(camera: str, seq: int, seed: int = 0) -> int:

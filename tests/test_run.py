@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import signal
 
 import av
 import numpy as np
@@ -172,6 +173,31 @@ def test_an_interrupt_ends_the_run_in_order(two_sources, detector, manifest, tmp
     assert (tmp_path / "out" / "summary.json").exists()
     with av.open(str(tmp_path / "out" / "b.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == 3
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_waits_until_the_batch_is_written(
+    two_sources, detector, manifest, tmp_path, monkeypatch, name
+):
+    """In the midst of it a library would turn the interrupt into an error of its own."""
+    number, make, sent = getattr(signal, name), run_module.detection_event, []
+
+    def interrupted(*arguments, **options):
+        if not sent:
+            sent.append(number)
+            signal.raise_signal(number)
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(run_module, "detection_event", interrupted)
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        summary = run(two_sources(9, None), detector, manifest, out=tmp_path / "out", steps=1)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert summary.interrupted
+    assert [source.frames_processed for source in summary.sources] == [1, 1]
+    assert len(events_of(tmp_path / "out")) == 2
 
 
 def test_a_crash_leaves_whole_events_and_no_half_video(two_sources, detector, manifest, tmp_path):
